@@ -1,0 +1,262 @@
+-- Putting messages in: one at a time, or many in one statement.
+
+-- A UUID of version 7: random, and in the order of its making.
+create function pushpop.new_id() returns uuid
+language sql volatile parallel safe
+set search_path = pg_catalog, pg_temp
+as $body$
+  select encode(
+    set_bit(set_bit(
+      overlay(uuid_send(gen_random_uuid())
+        placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+        from 1 for 6),
+      52, 1), 53, 1),
+    'hex')::uuid
+$body$;
+
+-- Refuses bad input, before anything is written.
+create function pushpop.refuse(what text) returns void
+language plpgsql immutable
+as $body$
+begin
+  raise exception '%', what using errcode = 'invalid_parameter_value';
+end
+$body$;
+
+create function pushpop.check_topic(topic text) returns void
+language plpgsql immutable
+as $body$
+begin
+  if check_topic.topic is null or octet_length(check_topic.topic) not between 1 and 255 then
+    perform pushpop.refuse(format('a topic has 1 to 255 bytes, not %s',
+                                  coalesce(octet_length(check_topic.topic)::text, 'null')));
+  end if;
+end
+$body$;
+
+-- Payloads may have 16 MiB, or what the setting pushpop.max_payload says, up to 256 MiB.
+create function pushpop.check_payload(payload bytea) returns void
+language plpgsql stable
+as $body$
+declare
+  most bigint;
+begin
+  if check_payload.payload is null then
+    perform pushpop.refuse('a payload is not null; it may be empty');
+  elsif octet_length(check_payload.payload) > 16777216 then
+    most := least(coalesce(nullif(current_setting('pushpop.max_payload', true), '')::bigint, 16777216), 268435456);
+    if octet_length(check_payload.payload) > most then
+      perform pushpop.refuse(format('a payload has at most %s bytes, not %s', most, octet_length(check_payload.payload)));
+    end if;
+  end if;
+end
+$body$;
+
+create function pushpop.check_headers(headers jsonb) returns void
+language plpgsql immutable
+as $body$
+declare
+  entries bigint;
+  bytes   bigint;
+begin
+  if jsonb_typeof(check_headers.headers) <> 'object'
+     or exists (select from jsonb_each(check_headers.headers) h where jsonb_typeof(h.value) <> 'string') then
+    perform pushpop.refuse('headers are an object of text to text');
+  end if;
+  select count(*), sum(octet_length(h.key) + octet_length(h.value)) into entries, bytes
+  from jsonb_each_text(check_headers.headers) h;
+  if entries > 64 then
+    perform pushpop.refuse(format('a message has at most 64 headers, not %s', entries));
+  elsif bytes > 16384 then
+    perform pushpop.refuse(format('the headers of a message have at most 16384 bytes, not %s', bytes));
+  end if;
+end
+$body$;
+
+-- What the optional arguments of a push must be; nulls stand for the defaults.
+create function pushpop.check_push(delay double precision, ready_at timestamptz, headers jsonb, max_attempts integer)
+returns void
+language plpgsql immutable
+as $body$
+begin
+  if not (delay >= 0 and delay <= 250000000000) then
+    perform pushpop.refuse(format('a delay has 0 to 250000000000 seconds, not %s', delay));
+  elsif not (ready_at >= '-infinity' and ready_at > '0001-01-01 00:00:00+00' and ready_at < '9999-12-31 00:00:00+00') then
+    perform pushpop.refuse(format('a message is ready between the years 1 and 9999, not at %s', ready_at));
+  elsif delay is not null and ready_at is not null then
+    perform pushpop.refuse('a message has a delay or a time, not both');
+  elsif max_attempts not between 1 and 32767 then
+    perform pushpop.refuse(format('a message has 1 to 32767 attempts, or null for no limit, not %s', max_attempts));
+  end if;
+  if headers is not null then
+    perform pushpop.check_headers(headers);
+  end if;
+end
+$body$;
+
+-- What every push does once its rows are in: leaves word of messages behind the front, and
+-- wakes consumers that wait. earliest is the first ready_at, stamped the time of the push.
+create function pushpop.after_push(
+  topic text, earliest timestamptz, stamped timestamptz, given_time boolean, sender uuid
+) returns void
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  known record;
+begin
+  select t.low_ready_at, t.sure_to, t.checking_at, t.wanted_until, t.wanted_by into known
+  from pushpop.topics t where t.topic = after_push.topic;
+
+  if earliest < stamped and given_time or earliest <= greatest(known.low_ready_at, known.sure_to, known.checking_at) then
+    insert into pushpop.behind (topic, ready_at, pushed_at)
+    values (after_push.topic, earliest, stamped)
+    on conflict do nothing;
+  end if;
+
+  if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
+    perform pg_notify('pushpop', after_push.topic);
+  end if;
+
+  -- A push that was acknowledged survives a crash, whatever the role prefers.
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+end
+$body$;
+
+-- Pushes a message and returns its id, and whether one with this id was still stored in the
+-- topic, which then stays as it is.
+--
+-- id            drawn here when null
+-- delay         seconds until it is ready; null: at once
+-- ready_at      the time at which it is ready, instead of a delay
+-- headers       an object of text to text
+-- max_attempts  1 to 32767; null: without end
+-- sender        who pushes: wakes waiting consumers of all clients but this one, if there are
+--               any. null: notifies always, as one must in a longer transaction.
+create function pushpop.push(
+  topic        text,
+  payload      bytea,
+  id           uuid             default null,
+  delay        double precision default null,
+  ready_at     timestamptz      default null,
+  headers      jsonb            default null,
+  max_attempts integer          default 25,
+  sender       uuid             default null,
+  out pushed    uuid,
+  out duplicate boolean
+)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $body$
+#variable_conflict use_column
+declare
+  stamped timestamptz;
+  due     timestamptz;
+begin
+  perform pushpop.check_topic(push.topic), pushpop.check_payload(push.payload);
+  if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
+    perform pushpop.check_push(delay, ready_at, headers, max_attempts);
+  end if;
+  pushed := coalesce(push.id, pushpop.new_id());
+
+  -- The clock is read within the insert, which holds its lock on the table by then: see
+  -- sure_to in pushpop.topics.
+  insert into pushpop.messages (topic, id, payload, headers, max_attempts, pushed_at, ready_at)
+  select push.topic, push.pushed, push.payload, push.headers, push.max_attempts, stamp.now,
+         coalesce(push.ready_at, stamp.now + coalesce(push.delay, 0) * interval '1 second')
+  from (select clock_timestamp() as now offset 0) stamp
+  on conflict (topic, id) do nothing
+  returning ready_at, pushed_at into due, stamped;
+
+  duplicate := not found;
+  if duplicate then
+    perform pushpop.wait_for_duplicate();
+  else
+    insert into pushpop.counts (topic, at, pid, live) values (push.topic, stamped, pg_backend_pid(), 1)
+    on conflict (topic, at, pid) do update set live = counts.live + 1;
+    perform pushpop.after_push(push.topic, due, stamped, push.ready_at is not null, sender);
+  end if;
+end
+$body$;
+
+-- What was stored before may itself still be on its way to a synchronous standby. Writing
+-- something makes this transaction wait for it as well.
+create function pushpop.wait_for_duplicate() returns void
+language plpgsql
+as $body$
+begin
+  perform pg_logical_emit_message(true, 'pushpop', 'duplicate');
+end
+$body$;
+
+-- Pushes many messages in the order of the arrays, and returns the ids of those that changed
+-- nothing, because a message with their id was still stored in the topic. The arguments are
+-- those of push, an array each; an array that is null stands for the default.
+create function pushpop.push_many(
+  topic        text,
+  ids          uuid[],
+  payloads     bytea[],
+  delays       double precision[] default null,
+  ready_ats    timestamptz[]      default null,
+  headers      jsonb[]            default null,
+  max_attempts integer[]          default null,
+  sender       uuid               default null
+) returns setof uuid
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+as $body$
+#variable_conflict use_column
+declare
+  wanted   integer := cardinality(ids);
+  inserted uuid[];
+  earliest timestamptz;
+  stamped  timestamptz;
+begin
+  perform pushpop.check_topic(push_many.topic);
+  if wanted is null or wanted is distinct from cardinality(payloads)
+     or wanted <> coalesce(cardinality(delays), wanted) or wanted <> coalesce(cardinality(ready_ats), wanted)
+     or wanted <> coalesce(cardinality(headers), wanted) or wanted <> coalesce(cardinality(max_attempts), wanted) then
+    perform pushpop.refuse('the arrays have one element a message each');
+  elsif array_position(ids, null) is not null then
+    perform pushpop.refuse('an id is not null');
+  end if;
+  perform pushpop.check_payload(u.payload) from unnest(payloads) u(payload)
+    where u.payload is null or octet_length(u.payload) > 16777216;
+  if delays is not null or ready_ats is not null or headers is not null or max_attempts is not null then
+    perform pushpop.check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
+    from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
+  end if;
+
+  -- In the order of the ids, so that two batches with the same ones cannot deadlock; the order
+  -- of the arrays is kept in pushed_at.
+  with stored as (
+    insert into pushpop.messages (topic, id, payload, headers, max_attempts, pushed_at, ready_at)
+    select push_many.topic, u.id, u.payload, u.headers,
+           case when push_many.max_attempts is null then 25 else u.max_attempts end,
+           stamp.now + u.place * interval '1 microsecond',
+           coalesce(u.ready_at, stamp.now + u.place * interval '1 microsecond'
+                                          + coalesce(u.delay, 0) * interval '1 second')
+    from (select clock_timestamp() as now offset 0) stamp,
+         unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
+           with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place)
+    order by u.id
+    on conflict (topic, id) do nothing
+    returning id, ready_at, pushed_at
+  )
+  select array_agg(id), min(ready_at), min(pushed_at) into inserted, earliest, stamped from stored;
+
+  if inserted is not null then
+    insert into pushpop.counts (topic, at, pid, live)
+    values (push_many.topic, stamped, pg_backend_pid(), cardinality(inserted))
+    on conflict (topic, at, pid) do update set live = counts.live + excluded.live;
+    perform pushpop.after_push(push_many.topic, earliest, stamped, ready_ats is not null, sender);
+  end if;
+  if coalesce(cardinality(inserted), 0) < wanted then
+    perform pushpop.wait_for_duplicate();
+    return query
+      select u.id from unnest(ids) u(id) except all select u.id from unnest(inserted) u(id);
+  end if;
+end
+$body$;

@@ -1,0 +1,72 @@
+//! The limits of everything that a caller hands in. The functions of the schema check them too;
+//! here they are refused before anything is sent.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use time::OffsetDateTime;
+
+use crate::error::{Error, Result};
+
+/// Rows and bytes that one flight carries at most.
+pub(crate) const FLIGHT_ROWS: usize = 1_000;
+pub(crate) const FLIGHT_BYTES: usize = 16 << 20;
+
+pub(crate) const PAYLOAD: usize = 16 << 20;
+pub(crate) const PAYLOAD_SETTABLE: usize = 256 << 20;
+
+/// About 7,900 years: the longest delay that ends before the year 10000.
+const DELAY: Duration = Duration::from_secs(250_000_000_000);
+
+fn check(within: bool, message: impl FnOnce() -> String) -> Result<()> {
+    if within { Ok(()) } else { Err(Error::invalid(message())) }
+}
+
+pub(crate) fn topic(topic: &str) -> Result<()> {
+    check((1..=255).contains(&topic.len()), || format!("a topic has 1 to 255 bytes, not {}", topic.len()))?;
+    check(!topic.contains('\0'), || "a topic has no NUL character".into())
+}
+
+pub(crate) fn schema(schema: &str) -> Result<()> {
+    check((1..=63).contains(&schema.len()), || {
+        format!("the name of a schema has 1 to 63 bytes, not {}", schema.len())
+    })?;
+    check(!schema.contains(['\0', '$']), || "the name of a schema has no NUL and no dollar sign".into())?;
+    check(!schema.starts_with("pg_"), || "the names of schemas that begin with pg_ are PostgreSQL's own".into())
+}
+
+pub(crate) fn payload(bytes: usize, most: usize) -> Result<()> {
+    check(bytes <= most, || format!("a payload has at most {most} bytes, not {bytes}"))
+}
+
+pub(crate) fn headers(headers: &BTreeMap<String, String>) -> Result<()> {
+    let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len()).sum();
+    check(headers.len() <= 64, || format!("a message has at most 64 headers, not {}", headers.len()))?;
+    check(bytes <= 16 << 10, || format!("the headers of a message have at most 16384 bytes, not {bytes}"))?;
+    check(!headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')), || {
+        "a header has no NUL character".into()
+    })
+}
+
+pub(crate) fn delay(delay: Duration) -> Result<()> {
+    check(delay <= DELAY, || format!("a delay has at most {} seconds, not {}", DELAY.as_secs(), delay.as_secs()))
+}
+
+pub(crate) fn ready_at(at: OffsetDateTime) -> Result<()> {
+    let year = at.to_offset(time::UtcOffset::UTC).year();
+    check((2..=9998).contains(&year), || format!("a message is ready between the years 2 and 9998, not in {year}"))
+}
+
+pub(crate) fn max_attempts(most: u16) -> Result<()> {
+    check((1..=32_767).contains(&most), || format!("a message has 1 to 32767 attempts, not {most}"))
+}
+
+pub(crate) fn lease(lease: Duration) -> Result<()> {
+    let (least, most) = (Duration::from_secs(1), Duration::from_secs(86_400));
+    check((least..=most).contains(&lease), || format!("a lease has 1 s to 24 h, not {lease:?}"))
+}
+
+/// How many leases one `pop_many` may ask for.
+pub(crate) fn batch(max: usize) -> Result<()> {
+    check((1..=FLIGHT_ROWS).contains(&max), || format!("a pop takes 1 to {FLIGHT_ROWS} messages, not {max}"))
+}

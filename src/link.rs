@@ -1,0 +1,306 @@
+//! A connection of the queue's: opened with a deadline, its statements prepared once, and
+//! closed without anybody waiting for it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::config::Host;
+use postgres::tls::{MakeTlsConnect, TlsConnect};
+use postgres::types::{ToSql, Type};
+use postgres::{Client, Config, Row, Socket, Statement};
+use r2d2::ManageConnection;
+use r2d2_postgres::PostgresConnectionManager;
+
+use crate::error::{Error, Result};
+
+/// Opens a client; the TLS connector's type ends here.
+type Open = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
+
+/// How to reach the server.
+pub(crate) struct Route {
+    /// One for each host, so that a host that hangs does not hide the next.
+    hosts: Vec<Config>,
+    open: Arc<Open>,
+    connect_timeout: Duration,
+    /// What a new session is told first; nothing behind a transaction pooler.
+    greeting: Option<String>,
+}
+
+/// Erases the type of a TLS connector.
+pub(crate) fn open_with<T>(tls: T) -> Arc<Open>
+where
+    T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+    T::TlsConnect: Send,
+    T::Stream: Send,
+    <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+{
+    Arc::new(move |config| PostgresConnectionManager::new(config.clone(), tls.clone()).connect())
+}
+
+impl Route {
+    pub(crate) fn new(
+        config: &Config,
+        open: Arc<Open>,
+        connect_timeout: Duration,
+        greeting: Option<String>,
+    ) -> Self {
+        Route { hosts: split(config, connect_timeout), open, connect_timeout, greeting }
+    }
+
+    /// Connects to the first host that answers within the time-out and is what the configuration
+    /// asks for.
+    ///
+    /// The driver's own time-out ends with the TCP connection; a server that accepts it and says
+    /// nothing would hang us. So a thread of its own does the work, and is left behind if need be.
+    pub(crate) fn connect(self: &Arc<Self>, deadline: Instant) -> Result<Client> {
+        let mut failed = None;
+        for host in 0..self.hosts.len() {
+            let patience = self.connect_timeout.min(deadline.saturating_duration_since(Instant::now()));
+            match self.connect_to(host, patience) {
+                Ok(client) => return Ok(client),
+                Err(e) => failed = Some(e),
+            }
+        }
+        Err(failed.unwrap_or_else(|| Error::invalid("the configuration names no host")))
+    }
+
+    fn connect_to(self: &Arc<Self>, host: usize, patience: Duration) -> Result<Client> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let route = Arc::clone(self);
+        let attempt = move || {
+            let opened = route.greet(host);
+            // Nobody waits any more: the client is closed here, however long that takes.
+            let _ = reply.send(opened);
+        };
+        thread::Builder::new()
+            .name("pushpop-connect".into())
+            .spawn(attempt)
+            .map_err(|e| Error::connection(format!("cannot start a thread: {e}")))?;
+        answer.recv_timeout(patience).unwrap_or_else(|_| {
+            Err(Error::connection(format!("the server did not answer within {patience:?}")))
+        })
+    }
+
+    fn greet(&self, host: usize) -> Result<Client> {
+        let mut client = (self.open)(&self.hosts[host])?;
+        if let Some(greeting) = &self.greeting {
+            client.batch_execute(greeting)?;
+        }
+        Ok(client)
+    }
+}
+
+/// The same configuration once for each of its hosts.
+fn split(config: &Config, connect_timeout: Duration) -> Vec<Config> {
+    let count = config.get_hosts().len().max(config.get_hostaddrs().len());
+    let mut hosts: Vec<Config> = (0..count)
+        .map(|i| {
+            let mut one = Config::new();
+            match config.get_hosts().get(i) {
+                Some(Host::Tcp(name)) => {
+                    one.host(name);
+                }
+                #[cfg(unix)]
+                Some(Host::Unix(path)) => {
+                    one.host_path(path);
+                }
+                None => {}
+            }
+            if let Some(address) = config.get_hostaddrs().get(i) {
+                one.hostaddr(*address);
+            }
+            if let Some(port) = config.get_ports().get(i).or_else(|| config.get_ports().first()) {
+                one.port(*port);
+            }
+            copy(config, &mut one, connect_timeout);
+            one
+        })
+        .collect();
+    if config.get_load_balance_hosts() == postgres::config::LoadBalanceHosts::Random {
+        // A random number is at hand in an id.
+        let seed = uuid::Uuid::new_v4().as_u128() as usize;
+        if !hosts.is_empty() {
+            let by = seed % hosts.len();
+            hosts.rotate_left(by);
+        }
+    }
+    hosts
+}
+
+fn copy(from: &Config, to: &mut Config, connect_timeout: Duration) {
+    if let Some(user) = from.get_user() {
+        to.user(user);
+    }
+    if let Some(password) = from.get_password() {
+        to.password(password);
+    }
+    if let Some(name) = from.get_dbname() {
+        to.dbname(name);
+    }
+    if let Some(options) = from.get_options() {
+        to.options(options);
+    }
+    if let Some(name) = from.get_application_name() {
+        to.application_name(name);
+    }
+    to.ssl_mode(from.get_ssl_mode());
+    to.ssl_negotiation(from.get_ssl_negotiation());
+    to.channel_binding(from.get_channel_binding());
+    to.target_session_attrs(from.get_target_session_attrs());
+    to.connect_timeout(from.get_connect_timeout().copied().unwrap_or(connect_timeout));
+    to.keepalives(from.get_keepalives());
+    to.keepalives_idle(from.get_keepalives_idle());
+    if let Some(interval) = from.get_keepalives_interval() {
+        to.keepalives_interval(interval);
+    }
+    if let Some(retries) = from.get_keepalives_retries() {
+        to.keepalives_retries(retries);
+    }
+    if let Some(timeout) = from.get_tcp_user_timeout() {
+        to.tcp_user_timeout(*timeout);
+    }
+}
+
+/// A statement of the queue's, with the types of its parameters.
+pub(crate) struct Call {
+    pub(crate) name: &'static str,
+    pub(crate) sql: String,
+    pub(crate) types: &'static [Type],
+}
+
+/// A place for a connection, as the pool hands them out. It is opened when it is first used, and
+/// again when it broke: the pool itself never waits for a server.
+pub(crate) struct Link {
+    route: Arc<Route>,
+    client: Option<Client>,
+    /// By the name of the call; `None` behind a transaction pooler.
+    statements: Option<HashMap<&'static str, Statement>>,
+}
+
+impl Link {
+    /// The client, connected.
+    pub(crate) fn client(&mut self, deadline: Instant) -> Result<&mut Client> {
+        if self.client.as_ref().is_some_and(Client::is_closed) {
+            self.discard();
+        }
+        if self.client.is_none() {
+            self.client = Some(self.route.connect(deadline)?);
+        }
+        self.client.as_mut().ok_or_else(|| Error::connection("not connected"))
+    }
+
+    /// Runs a call, and returns its rows.
+    pub(crate) fn run(
+        &mut self,
+        deadline: Instant,
+        call: &Call,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>> {
+        let result = self.try_run(deadline, call, params);
+        match result {
+            // The function was replaced meanwhile, or a pooler gave us another session.
+            Err(e) if matches!(e.sqlstate(), Some("0A000" | "26000")) => {
+                if let Some(statements) = &mut self.statements {
+                    statements.clear();
+                }
+                self.try_run(deadline, call, params)
+            }
+            other => other,
+        }
+        .inspect_err(|e| {
+            if e.breaks_connection() {
+                self.discard();
+            }
+        })
+    }
+
+    fn try_run(
+        &mut self,
+        deadline: Instant,
+        call: &Call,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>> {
+        self.client(deadline)?;
+        let Some(client) = &mut self.client else {
+            return Err(Error::connection("not connected"));
+        };
+        let Some(statements) = &mut self.statements else {
+            let typed: Vec<_> = params.iter().copied().zip(call.types.iter().cloned()).collect();
+            return Ok(client.query_typed(&call.sql, &typed)?);
+        };
+        let statement = match statements.get(call.name) {
+            Some(statement) => statement,
+            None => {
+                let prepared = client.prepare_typed(&call.sql, call.types)?;
+                statements.entry(call.name).or_insert(prepared)
+            }
+        };
+        Ok(client.query(statement, params)?)
+    }
+
+    /// Lets go of the client, if there is one.
+    pub(crate) fn discard(&mut self) {
+        if let Some(statements) = &mut self.statements {
+            statements.clear();
+        }
+        if let Some(client) = self.client.take() {
+            bury(client);
+        }
+    }
+}
+
+/// Closing a connection sends a farewell, and may wait for ever for an earlier reply: a thread of
+/// its own does it.
+pub(crate) fn bury(client: Client) {
+    let mut client = Some(client);
+    let spawned = thread::Builder::new().name("pushpop-close".into()).spawn({
+        let client = client.take();
+        move || drop(client)
+    });
+    if let Err(e) = spawned {
+        tracing::debug!("cannot start a thread to close a connection: {e}");
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.discard();
+    }
+}
+
+/// Gives the pool its links.
+pub(crate) struct Links {
+    pub(crate) route: Arc<Route>,
+    pub(crate) named_statements: bool,
+}
+
+impl ManageConnection for Links {
+    type Connection = Link;
+    type Error = Error;
+
+    fn connect(&self) -> Result<Link> {
+        Ok(Link {
+            route: Arc::clone(&self.route),
+            client: None,
+            statements: self.named_statements.then(HashMap::new),
+        })
+    }
+
+    fn is_valid(&self, _: &mut Link) -> Result<()> {
+        Ok(())
+    }
+
+    fn has_broken(&mut self, _: &mut Link) -> bool {
+        false
+    }
+}
+
+impl fmt::Debug for Links {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Links")
+    }
+}

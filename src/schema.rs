@@ -1,0 +1,196 @@
+//! The schema: its migrations, its version, and who may use it.
+
+use postgres::{Client, Transaction};
+
+use crate::error::{Error, ErrorKind, Result};
+
+/// A step of the schema's history. Its files are run in this order, in one transaction.
+struct Migration {
+    version: i32,
+    /// The oldest release of this crate that works with the schema afterwards.
+    oldest_crate: &'static str,
+    files: &'static [&'static str],
+}
+
+const MIGRATIONS: &[Migration] = &[Migration {
+    version: 1,
+    oldest_crate: "0.1.0",
+    files: &[
+        include_str!("../sql/0001/tables.sql"),
+        include_str!("../sql/0001/push.sql"),
+        include_str!("../sql/0001/pop.sql"),
+        include_str!("../sql/0001/settle.sql"),
+        include_str!("../sql/0001/look.sql"),
+        include_str!("../sql/0001/stats.sql"),
+        include_str!("../sql/0001/upkeep.sql"),
+        include_str!("../sql/0001/rights.sql"),
+    ],
+}];
+
+const CRATE: &str = env!("CARGO_PKG_VERSION");
+
+/// The name of a schema, and what depends on it.
+#[derive(Clone, Debug)]
+pub(crate) struct Schema {
+    name: String,
+}
+
+impl Schema {
+    pub(crate) fn new(name: &str) -> Self {
+        Schema { name: name.to_owned() }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn identifier(&self) -> String {
+        format!("\"{}\"", self.name.replace('"', "\"\""))
+    }
+
+    fn literal(&self) -> String {
+        // With a backslash a plain literal would depend on standard_conforming_strings.
+        let escaped = self.name.replace('\'', "''").replace('\\', "\\\\");
+        if self.name.contains('\\') { format!("e'{escaped}'") } else { format!("'{escaped}'") }
+    }
+
+    /// The files are written for a schema named pushpop, and run as they are by psql.
+    pub(crate) fn localize(&self, sql: &str) -> String {
+        let identifier = self.identifier();
+        let mut text = sql
+            .replace("'pushpop'", "\u{0}")
+            .replace("schema pushpop", "\u{1}")
+            .replace("pushpop.", &format!("{identifier}."));
+        text = text.replace('\u{0}', &self.literal());
+        text.replace('\u{1}', &format!("schema {identifier}"))
+    }
+
+    /// Everything as one script, for those who migrate by other means.
+    pub(crate) fn install_sql(&self) -> String {
+        let mut script = format!("begin;\n\ncreate schema if not exists {};\n", self.identifier());
+        for migration in MIGRATIONS {
+            script.push('\n');
+            script.push_str(&self.migration_sql(migration));
+        }
+        script.push_str("\ncommit;\n");
+        script
+    }
+
+    fn migration_sql(&self, migration: &Migration) -> String {
+        let mut sql = String::new();
+        for file in migration.files {
+            sql.push_str(&self.localize(file));
+            sql.push('\n');
+        }
+        sql.push_str(&format!(
+            "insert into {}.migrations (version, oldest_crate) values ({}, '{}');\n",
+            self.identifier(),
+            migration.version,
+            migration.oldest_crate
+        ));
+        sql
+    }
+
+    /// Brings the schema up to date if `migrate` says so, and makes sure that it serves this crate.
+    pub(crate) fn prepare(&self, client: &mut Client, migrate: bool) -> Result<()> {
+        if self.check(self.version(client)?)? {
+            return Ok(());
+        }
+        if !migrate {
+            return Err(Error::new(
+                ErrorKind::Schema,
+                format!(
+                    "schema {:?} has not been installed or is older than this crate, and migrate(false) was said; \
+                     run what Builder::install_sql() returns",
+                    self.name
+                ),
+            ));
+        }
+        self.migrate(client)
+    }
+
+    fn migrate(&self, client: &mut Client) -> Result<()> {
+        let mut tx = client.transaction()?;
+        // One at a time: concurrent `create .. if not exists` collide in the catalogs.
+        tx.execute("select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 5706))", &[&self.name])?;
+        let found = self.version(&mut tx)?;
+        if self.check(found.clone())? {
+            return Ok(());
+        }
+        let installed = found.map_or(0, |version| version.0);
+        for migration in MIGRATIONS.iter().filter(|m| m.version > installed) {
+            self.apply(&mut tx, migration).map_err(|e| self.explain(e))?;
+        }
+        tx.commit()?;
+        tracing::info!(schema = %self.name, "installed or migrated the schema");
+        Ok(())
+    }
+
+    fn apply(&self, tx: &mut Transaction<'_>, migration: &Migration) -> Result<()> {
+        if migration.version == 1 {
+            let exists = tx
+                .query_opt("select from pg_catalog.pg_namespace where nspname = $1", &[&self.name])?
+                .is_some();
+            if !exists {
+                tx.batch_execute(&format!("create schema {}", self.identifier()))?;
+            }
+        }
+        tx.batch_execute(&self.migration_sql(migration))?;
+        Ok(())
+    }
+
+    fn explain(&self, error: Error) -> Error {
+        if error.kind() != ErrorKind::Denied {
+            return error;
+        }
+        Error::new(
+            ErrorKind::Denied,
+            format!(
+                "this role may not create the schema {:?}; have its owner run what Builder::install_sql() returns, \
+                 or grant this role the right: grant create on database .. to ..",
+                self.name
+            ),
+        )
+        .caused_by(error)
+    }
+
+    /// The version of the schema and the oldest crate that it serves, if it is installed.
+    fn version(&self, client: &mut impl postgres::GenericClient) -> Result<Option<(i32, String)>> {
+        let installed = client
+            .query_opt(
+                "select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                 where n.nspname = $1 and c.relname = 'migrations'",
+                &[&self.name],
+            )?
+            .is_some();
+        if !installed {
+            return Ok(None);
+        }
+        let row = client
+            .query_opt(&format!("select version, oldest_crate from {}.schema_version()", self.identifier()), &[])?;
+        Ok(row.map(|row| (row.get(0), row.get(1))))
+    }
+
+    /// Whether the schema is as new as this crate needs it; an error if it does not serve it.
+    fn check(&self, found: Option<(i32, String)>) -> Result<bool> {
+        let Some((version, oldest)) = found else {
+            return Ok(false);
+        };
+        if release(&oldest) > release(CRATE) {
+            return Err(Error::new(
+                ErrorKind::Schema,
+                format!(
+                    "schema {:?} is of version {version}, which serves pushpop-pg {oldest} and newer; this is {CRATE}",
+                    self.name
+                ),
+            ));
+        }
+        Ok(MIGRATIONS.iter().all(|m| m.version <= version))
+    }
+}
+
+/// A release number, to be compared.
+fn release(text: &str) -> Vec<u64> {
+    let core = text.split(['-', '+']).next().unwrap_or_default();
+    core.split('.').map(|part| part.parse().unwrap_or_default()).collect()
+}
