@@ -37,6 +37,9 @@ pub enum ErrorKind {
     Invalid,
     /// The call's own time-out passed.
     Timeout,
+    /// The message is not stored any more, so that nobody can tell whether this lease settled it:
+    /// the call may have taken effect.
+    NotFound,
     /// The server could not be reached, or the connection to it was lost.
     Connection,
     /// The server refused the credentials or lacks a right.
@@ -72,10 +75,20 @@ impl Error {
         Self::new(ErrorKind::Connection, message)
     }
 
-    pub(crate) fn caused_by(
-        mut self,
-        source: impl std::error::Error + Send + Sync + 'static,
-    ) -> Self {
+    pub(crate) fn panicked() -> Self {
+        Self::new(ErrorKind::Database, "the call failed within the queue; this is a defect")
+            .indeterminate(true)
+    }
+
+    pub(crate) fn lease_lost() -> Self {
+        Self::new(ErrorKind::LeaseLost, "the lease expired and was handed on, or was settled before")
+    }
+
+    pub(crate) fn gone() -> Self {
+        Self::new(ErrorKind::NotFound, "the message is not stored any more").indeterminate(true)
+    }
+
+    pub(crate) fn caused_by(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
         self.0.source = Some(Arc::new(source));
         self
     }
@@ -131,12 +144,13 @@ impl Error {
 
 /// Codes of a server that may answer otherwise next time, on the same connection.
 fn is_transient(code: &str) -> bool {
-    matches!(code, "40001" | "40P01" | "55P03" | "53200" | "53400" | "57014")
+    matches!(code, "40001" | "40P01" | "55P03" | "53200" | "53400")
 }
 
 /// Codes of a server that cannot be used for now: one that starts or stops, is full, or only reads.
 fn is_unavailable(code: &str) -> bool {
-    code.starts_with("08") || matches!(code, "57P01" | "57P02" | "57P03" | "57P05" | "53100" | "53300" | "25006")
+    code.starts_with("08")
+        || matches!(code, "57P01" | "57P02" | "57P03" | "57P05" | "53100" | "53300" | "25006")
 }
 
 fn is_denied(code: &str) -> bool {
@@ -157,6 +171,7 @@ impl From<postgres::Error> for Error {
             let kind = match code {
                 LEASE_LOST => ErrorKind::LeaseLost,
                 "22023" => ErrorKind::Invalid,
+                "57014" => ErrorKind::Timeout,
                 code if is_unavailable(code) => ErrorKind::Connection,
                 code if is_denied(code) => ErrorKind::Denied,
                 code if is_missing(code) => ErrorKind::Schema,
@@ -270,10 +285,7 @@ impl fmt::Debug for Error {
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.0
-            .source
-            .as_ref()
-            .map(|source| source.as_ref() as &(dyn std::error::Error + 'static))
+        self.0.source.as_ref().map(|source| source.as_ref() as &(dyn std::error::Error + 'static))
     }
 }
 

@@ -13,7 +13,8 @@ pub(crate) const FLIGHT_ROWS: usize = 1_000;
 pub(crate) const FLIGHT_BYTES: usize = 16 << 20;
 
 pub(crate) const PAYLOAD: usize = 16 << 20;
-pub(crate) const PAYLOAD_SETTABLE: usize = 256 << 20;
+const PAYLOAD_SETTABLE: usize = 256 << 20;
+const HEADERS: usize = 16 << 10;
 
 /// About 7,900 years: the longest delay that ends before the year 10000.
 const DELAY: Duration = Duration::from_secs(250_000_000_000);
@@ -32,7 +33,9 @@ pub(crate) fn schema(schema: &str) -> Result<()> {
         format!("the name of a schema has 1 to 63 bytes, not {}", schema.len())
     })?;
     check(!schema.contains(['\0', '$']), || "the name of a schema has no NUL and no dollar sign".into())?;
-    check(!schema.starts_with("pg_"), || "the names of schemas that begin with pg_ are PostgreSQL's own".into())
+    check(!schema.starts_with("pg_"), || {
+        "the names of schemas that begin with pg_ are PostgreSQL's own".into()
+    })
 }
 
 pub(crate) fn payload(bytes: usize, most: usize) -> Result<()> {
@@ -42,19 +45,25 @@ pub(crate) fn payload(bytes: usize, most: usize) -> Result<()> {
 pub(crate) fn headers(headers: &BTreeMap<String, String>) -> Result<()> {
     let bytes: usize = headers.iter().map(|(name, value)| name.len() + value.len()).sum();
     check(headers.len() <= 64, || format!("a message has at most 64 headers, not {}", headers.len()))?;
-    check(bytes <= 16 << 10, || format!("the headers of a message have at most 16384 bytes, not {bytes}"))?;
+    check(bytes <= HEADERS, || {
+        format!("the headers of a message have at most {HEADERS} bytes, not {bytes}")
+    })?;
     check(!headers.iter().any(|(name, value)| name.contains('\0') || value.contains('\0')), || {
         "a header has no NUL character".into()
     })
 }
 
 pub(crate) fn delay(delay: Duration) -> Result<()> {
-    check(delay <= DELAY, || format!("a delay has at most {} seconds, not {}", DELAY.as_secs(), delay.as_secs()))
+    check(delay <= DELAY, || {
+        format!("a delay has at most {} seconds, not {}", DELAY.as_secs(), delay.as_secs())
+    })
 }
 
 pub(crate) fn ready_at(at: OffsetDateTime) -> Result<()> {
     let year = at.to_offset(time::UtcOffset::UTC).year();
-    check((2..=9998).contains(&year), || format!("a message is ready between the years 2 and 9998, not in {year}"))
+    check((2..=9998).contains(&year), || {
+        format!("a message is ready between the years 2 and 9998, not in {year}")
+    })
 }
 
 pub(crate) fn max_attempts(most: u16) -> Result<()> {
@@ -69,4 +78,37 @@ pub(crate) fn lease(lease: Duration) -> Result<()> {
 /// How many leases one `pop_many` may ask for.
 pub(crate) fn batch(max: usize) -> Result<()> {
     check((1..=FLIGHT_ROWS).contains(&max), || format!("a pop takes 1 to {FLIGHT_ROWS} messages, not {max}"))
+}
+
+/// How many messages one `push_many` may carry, and how many bytes.
+const BATCH_ROWS: usize = 10_000;
+const BATCH_BYTES: usize = 256 << 20;
+
+pub(crate) fn push_batch(messages: usize) -> Result<()> {
+    check(messages <= BATCH_ROWS, || format!("a batch has at most {BATCH_ROWS} messages, not {messages}"))
+}
+
+pub(crate) fn push_bytes(bytes: usize) -> Result<()> {
+    check(bytes <= BATCH_BYTES + HEADERS, || format!("a batch has at most {BATCH_BYTES} bytes, not {bytes}"))
+}
+
+/// A setting of the builder's that is a length of time.
+pub(crate) fn at_least(what: &str, least: Duration, value: Duration) -> Result<()> {
+    check(value >= least, || format!("{what} is at least {least:?}, not {value:?}"))
+}
+
+pub(crate) fn pool_size(size: usize) -> Result<()> {
+    check((1..=1_000).contains(&size), || format!("a pool has 1 to 1000 connections, not {size}"))
+}
+
+pub(crate) fn max_payload(bytes: usize) -> Result<()> {
+    check(bytes <= PAYLOAD_SETTABLE, || {
+        format!("payloads may have up to {PAYLOAD_SETTABLE} bytes, not {bytes}")
+    })
+}
+
+pub(crate) fn keep(time: Duration) -> Result<()> {
+    check(time <= DELAY, || {
+        format!("history is kept for at most {} seconds, not {}", DELAY.as_secs(), time.as_secs())
+    })
 }

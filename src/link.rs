@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 use postgres::config::Host;
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::types::{ToSql, Type};
-use postgres::{Client, Config, Row, Socket, Statement};
+use postgres::{Client, Config, Row, Socket, Statement, Transaction};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 
 /// Opens a client; the TLS connector's type ends here.
-type Open = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
+pub(crate) type Open = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
 
 /// How to reach the server.
 pub(crate) struct Route {
@@ -57,7 +57,7 @@ impl Route {
     /// The driver's own time-out ends with the TCP connection; a server that accepts it and says
     /// nothing would hang us. So a thread of its own does the work, and is left behind if need be.
     pub(crate) fn connect(self: &Arc<Self>, deadline: Instant) -> Result<Client> {
-        let mut failed = None;
+        let mut failed: Option<Error> = None;
         for host in 0..self.hosts.len() {
             let patience = self.connect_timeout.min(deadline.saturating_duration_since(Instant::now()));
             match self.connect_to(host, patience) {
@@ -69,20 +69,8 @@ impl Route {
     }
 
     fn connect_to(self: &Arc<Self>, host: usize, patience: Duration) -> Result<Client> {
-        let (reply, answer) = mpsc::sync_channel(1);
         let route = Arc::clone(self);
-        let attempt = move || {
-            let opened = route.greet(host);
-            // Nobody waits any more: the client is closed here, however long that takes.
-            let _ = reply.send(opened);
-        };
-        thread::Builder::new()
-            .name("pushpop-connect".into())
-            .spawn(attempt)
-            .map_err(|e| Error::connection(format!("cannot start a thread: {e}")))?;
-        answer.recv_timeout(patience).unwrap_or_else(|_| {
-            Err(Error::connection(format!("the server did not answer within {patience:?}")))
-        })
+        within(Instant::now() + patience, "pushpop-connect", move || route.greet(host))
     }
 
     fn greet(&self, host: usize) -> Result<Client> {
@@ -92,6 +80,25 @@ impl Route {
         }
         Ok(client)
     }
+}
+
+/// Does something that may hang on a thread of its own, and leaves it behind when it does.
+pub(crate) fn within<T: Send + 'static>(
+    deadline: Instant,
+    name: &str,
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (reply, answer) = mpsc::sync_channel(1);
+    thread::Builder::new()
+        .name(name.into())
+        // When nobody waits any more, the result ends here, however long that takes.
+        .spawn(move || drop(reply.send(work())))
+        .map_err(|e| Error::connection(format!("cannot start a thread: {e}")))?;
+    let begun = Instant::now();
+    let patience = deadline.saturating_duration_since(begun);
+    answer.recv_timeout(patience).unwrap_or_else(|_| {
+        Err(Error::connection(format!("the server did not answer within {patience:.1?}")))
+    })
 }
 
 /// The same configuration once for each of its hosts.
@@ -172,6 +179,18 @@ pub(crate) struct Call {
     pub(crate) types: &'static [Type],
 }
 
+impl Call {
+    /// Runs the call in a caller's transaction, on its thread.
+    pub(crate) fn run_in(
+        &self,
+        tx: &mut Transaction<'_>,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>> {
+        let typed: Vec<_> = params.iter().copied().zip(self.types.iter().cloned()).collect();
+        Ok(tx.query_typed(&self.sql, &typed)?)
+    }
+}
+
 /// A place for a connection, as the pool hands them out. It is opened when it is first used, and
 /// again when it broke: the pool itself never waits for a server.
 pub(crate) struct Link {
@@ -188,9 +207,17 @@ impl Link {
             self.discard();
         }
         if self.client.is_none() {
+            if let Some(statements) = &mut self.statements {
+                statements.clear();
+            }
             self.client = Some(self.route.connect(deadline)?);
         }
         self.client.as_mut().ok_or_else(|| Error::connection("not connected"))
+    }
+
+    /// Whether there is a connection already.
+    pub(crate) fn is_open(&self) -> bool {
+        self.client.is_some()
     }
 
     /// Runs a call, and returns its rows.
@@ -230,7 +257,7 @@ impl Link {
         };
         let Some(statements) = &mut self.statements else {
             let typed: Vec<_> = params.iter().copied().zip(call.types.iter().cloned()).collect();
-            return Ok(client.query_typed(&call.sql, &typed)?);
+            return client.query_typed(&call.sql, &typed).map_err(unanswered);
         };
         let statement = match statements.get(call.name) {
             Some(statement) => statement,
@@ -239,7 +266,18 @@ impl Link {
                 statements.entry(call.name).or_insert(prepared)
             }
         };
-        Ok(client.query(statement, params)?)
+        client.query(statement, params).map_err(unanswered)
+    }
+
+    /// Takes the client away, connected.
+    pub(crate) fn take_client(&mut self, deadline: Instant) -> Result<Client> {
+        self.client(deadline)?;
+        self.client.take().ok_or_else(|| Error::connection("not connected"))
+    }
+
+    /// Returns a client that was taken away; its statements are known still.
+    pub(crate) fn put_back(&mut self, client: Client) {
+        self.client = Some(client);
     }
 
     /// Lets go of the client, if there is one.
@@ -253,14 +291,17 @@ impl Link {
     }
 }
 
+/// Once a call was sent, a connection that breaks leaves it open whether it took effect.
+fn unanswered(error: postgres::Error) -> Error {
+    let error = Error::from(error);
+    let unknown = matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout);
+    error.indeterminate(unknown)
+}
+
 /// Closing a connection sends a farewell, and may wait for ever for an earlier reply: a thread of
 /// its own does it.
 pub(crate) fn bury(client: Client) {
-    let mut client = Some(client);
-    let spawned = thread::Builder::new().name("pushpop-close".into()).spawn({
-        let client = client.take();
-        move || drop(client)
-    });
+    let spawned = thread::Builder::new().name("pushpop-close".into()).spawn(move || drop(client));
     if let Err(e) = spawned {
         tracing::debug!("cannot start a thread to close a connection: {e}");
     }
@@ -294,7 +335,7 @@ impl ManageConnection for Links {
         Ok(())
     }
 
-    fn has_broken(&mut self, _: &mut Link) -> bool {
+    fn has_broken(&self, _: &mut Link) -> bool {
         false
     }
 }

@@ -7,7 +7,9 @@ use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-use crate::error::{Error, Result};
+#[cfg(feature = "json")]
+use crate::error::Error;
+use crate::error::Result;
 use crate::limits;
 
 /// A message to be pushed: a payload, and how it is to be treated.
@@ -243,7 +245,8 @@ impl Message {
     pub fn json<T: serde::de::DeserializeOwned>(&self) -> Result<T> {
         serde_json::from_slice(&self.payload).map_err(|e| {
             // The words of the parser may quote the payload.
-            let text = format!("the payload is not the expected JSON (line {}, column {})", e.line(), e.column());
+            let text =
+                format!("the payload is not the expected JSON (line {}, column {})", e.line(), e.column());
             Error::invalid(text).during("read a payload", Some(&self.topic))
         })
     }

@@ -40,11 +40,7 @@ impl Schema {
         Schema { name: name.to_owned() }
     }
 
-    pub(crate) fn name(&self) -> &str {
-        &self.name
-    }
-
-    fn identifier(&self) -> String {
+    pub(crate) fn identifier(&self) -> String {
         format!("\"{}\"", self.name.replace('"', "\"\""))
     }
 
@@ -112,7 +108,10 @@ impl Schema {
     fn migrate(&self, client: &mut Client) -> Result<()> {
         let mut tx = client.transaction()?;
         // One at a time: concurrent `create .. if not exists` collide in the catalogs.
-        tx.execute("select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 5706))", &[&self.name])?;
+        tx.execute(
+            "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 5706))",
+            &[&self.name],
+        )?;
         let found = self.version(&mut tx)?;
         if self.check(found.clone())? {
             return Ok(());
@@ -166,8 +165,10 @@ impl Schema {
         if !installed {
             return Ok(None);
         }
-        let row = client
-            .query_opt(&format!("select version, oldest_crate from {}.schema_version()", self.identifier()), &[])?;
+        let row = client.query_opt(
+            &format!("select version, oldest_crate from {}.schema_version()", self.identifier()),
+            &[],
+        )?;
         Ok(row.map(|row| (row.get(0), row.get(1))))
     }
 

@@ -1,21 +1,5 @@
 -- Looking at messages without taking them.
 
-create function pushpop.state_of(
-  state "char", ready_at timestamptz, lease_until timestamptz, attempt integer, max_attempts smallint, moment timestamptz
-) returns text
-language sql immutable parallel safe
-as $body$
-  select case
-    when state = 'c' then 'completed'
-    when state = 'x' then 'discarded'
-    when state = 'z' then 'dead'
-    when lease_until > moment then 'leased'
-    when state = 'l' and attempt >= max_attempts then 'dead'
-    when ready_at > moment then 'delayed'
-    else 'ready'
-  end
-$body$;
-
 -- A message as it is shown: ready, delayed, leased, completed, discarded or dead.
 create type pushpop.message as (
   id           uuid,
@@ -35,50 +19,90 @@ create type pushpop.message as (
 
 -- A message by its id, if it is stored.
 create function pushpop.find(topic text, id uuid) returns setof pushpop.message
-language plpgsql stable security definer
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set plan_cache_mode = force_generic_plan
 as $body$
+#variable_conflict use_column
 declare
   moment timestamptz := clock_timestamp();
 begin
   perform pushpop.check_topic(find.topic);
+  -- A live message that is in no run is leased, and the leases say until when. One that is in
+  -- neither has a lease that ended, and waits to be reclaimed.
   return query
     select m.id, m.payload, m.headers,
-           pushpop.state_of(m.state, m.ready_at, m.lease_until, m.attempt, m.max_attempts, moment),
-           m.attempt, m.max_attempts::integer, m.fence, m.pushed_at, m.ready_at, m.lease_until,
-           m.done_at, m.delete_at, m.last_error
+           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state = 'z' then 'dead'
+             when l.lease_until > moment then 'leased'
+             when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
+             when m.ready_at > moment then 'delayed' else 'ready' end,
+           m.attempt + case when l.leased then 1 else 0 end, m.max_attempts::integer,
+           m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
+           case when l.lease_until > moment then l.lease_until end,
+           coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
+           m.delete_at, m.last_error
     from pushpop.messages m
+    left join lateral (
+      select true as waiting from pushpop.runs q
+      where q.topic = find.topic and q.ready_at = m.ready_at and q.pushed_at = m.pushed_at
+        and q.place <= m.place and find.id = any (q.ids) and m.state in ('p', 'd', 'r', 'f', 'e')
+      limit 1
+    ) q on true
+    left join lateral (
+      select true as leased, max(l.lease_until) as lease_until, max(l.lease_until) <= moment as ended
+      from pushpop.leases l
+      where l.topic = find.topic and find.id = any (l.ids) and m.fence + 1 = l.fences[array_position(l.ids, find.id)]
+        and q.waiting is null and m.state in ('p', 'd', 'r', 'f', 'e')
+      having count(*) > 0
+    ) l on true
     where m.topic = find.topic and m.id = find.id;
 end
 $body$;
 
--- The first messages of a topic that are not done, in the order of the queue: ready, delayed
--- and leased ones.
+-- The first messages of a topic that wait, in the order in which they will be popped: ready, then
+-- delayed.
 create function pushpop.peek(topic text, max integer default 10) returns setof pushpop.message
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
 set jit = off
+set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_sort = off
 as $body$
+#variable_conflict use_column
 declare
   moment timestamptz := clock_timestamp();
-  bottom record := pushpop.bottom(peek.topic);
+  start  timestamptz := pushpop.bottom(topic);
 begin
   perform pushpop.check_topic(peek.topic);
   if max is null or max not between 1 and 1000 then
     perform pushpop.refuse(format('a peek shows 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
   return query
-    select m.id, m.payload, m.headers,
-           pushpop.state_of(m.state, m.ready_at, m.lease_until, m.attempt, m.max_attempts, moment),
-           m.attempt, m.max_attempts::integer, m.fence, m.pushed_at, m.ready_at, m.lease_until,
+    select m.id, m.payload, m.headers, case when m.ready_at > moment then 'delayed' else 'ready' end,
+           m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
            m.done_at, m.delete_at, m.last_error
-    from pushpop.messages m
-    where m.topic = peek.topic and m.done_at is null
-      and (m.ready_at, m.pushed_at) >= (bottom.ready_at, bottom.pushed_at)
-    order by m.ready_at, m.pushed_at
+    from (
+      select q.ids from pushpop.runs q where q.topic = peek.topic and q.ready_at >= start
+      order by q.ready_at, q.pushed_at, q.place, q.id limit max
+    ) q
+    cross join lateral unnest(q.ids) u(id)
+    cross join lateral (
+      select m.* from pushpop.messages m where m.topic = peek.topic and m.id = u.id offset 0
+    ) m
     limit max;
 end
+$body$;
+
+-- Where a look at the order of a topic begins: no run lies before.
+create function pushpop.bottom(topic text) returns timestamptz
+language sql volatile
+as $body$
+  select coalesce(least(
+    (select t.low from pushpop.topics t where t.topic = bottom.topic),
+    (select b.ready_at from pushpop.behind b where b.topic = bottom.topic order by b.ready_at, b.id limit 1)
+  ), '-infinity')
 $body$;

@@ -34,7 +34,7 @@ begin
 end
 $body$;
 
--- Payloads may have 16 MiB, or what the setting pushpop.max_payload says, up to 256 MiB.
+-- Payloads may have 16 MiB, or what the setting pushpop_pg.max_payload says, up to 256 MiB.
 create function pushpop.check_payload(payload bytea) returns void
 language plpgsql stable
 as $body$
@@ -44,7 +44,7 @@ begin
   if check_payload.payload is null then
     perform pushpop.refuse('a payload is not null; it may be empty');
   elsif octet_length(check_payload.payload) > 16777216 then
-    most := least(coalesce(nullif(current_setting('pushpop.max_payload', true), '')::bigint, 16777216), 268435456);
+    most := least(coalesce(nullif(current_setting('pushpop_pg.max_payload', true), '')::bigint, 16777216), 268435456);
     if octet_length(check_payload.payload) > most then
       perform pushpop.refuse(format('a payload has at most %s bytes, not %s', most, octet_length(check_payload.payload)));
     end if;
@@ -94,36 +94,8 @@ begin
 end
 $body$;
 
--- What every push does once its rows are in: leaves word of messages behind the front, and
--- wakes consumers that wait. earliest is the first ready_at, stamped the time of the push.
-create function pushpop.after_push(
-  topic text, earliest timestamptz, stamped timestamptz, given_time boolean, sender uuid
-) returns void
-language plpgsql
-as $body$
-#variable_conflict use_column
-declare
-  known record;
-begin
-  select t.low_ready_at, t.sure_to, t.checking_at, t.wanted_until, t.wanted_by into known
-  from pushpop.topics t where t.topic = after_push.topic;
-
-  if earliest < stamped and given_time or earliest <= greatest(known.low_ready_at, known.sure_to, known.checking_at) then
-    insert into pushpop.behind (topic, ready_at, pushed_at)
-    values (after_push.topic, earliest, stamped)
-    on conflict do nothing;
-  end if;
-
-  if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
-    perform pg_notify('pushpop', after_push.topic);
-  end if;
-
-  -- A push that was acknowledged survives a crash, whatever the role prefers.
-  if current_setting('synchronous_commit') = 'off' then
-    perform set_config('synchronous_commit', 'on', true);
-  end if;
-end
-$body$;
+-- The clock is read within an insert, or under a lock, that marks this transaction as one whose
+-- stamp may not be visible yet: see sure_to in pushpop.topics.
 
 -- Pushes a message and returns its id, and whether one with this id was still stored in the
 -- topic, which then stays as it is.
@@ -149,11 +121,11 @@ create function pushpop.push(
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
 as $body$
 #variable_conflict use_column
 declare
-  stamped timestamptz;
-  due     timestamptz;
+  stored record;
 begin
   perform pushpop.check_topic(push.topic), pushpop.check_payload(push.payload);
   if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
@@ -161,22 +133,45 @@ begin
   end if;
   pushed := coalesce(push.id, pushpop.new_id());
 
-  -- The clock is read within the insert, which holds its lock on the table by then: see
-  -- sure_to in pushpop.topics.
-  insert into pushpop.messages (topic, id, payload, headers, max_attempts, pushed_at, ready_at)
-  select push.topic, push.pushed, push.payload, push.headers, push.max_attempts, stamp.now,
-         coalesce(push.ready_at, stamp.now + coalesce(push.delay, 0) * interval '1 second')
-  from (select clock_timestamp() as now offset 0) stamp
-  on conflict (topic, id) do nothing
-  returning ready_at, pushed_at into due, stamped;
+  with message as (
+    insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+    select push.topic, push.pushed, push.payload, push.headers, push.max_attempts, 1, stamp.now,
+           coalesce(push.ready_at, stamp.now + coalesce(push.delay, 0) * interval '1 second')
+    from (select clock_timestamp() as now offset 0) stamp
+    on conflict (topic, id) do nothing
+    returning id, ready_at, pushed_at
+  ),
+  run as (
+    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
+    select push.topic, m.ready_at, m.pushed_at, 1, 1, m.id, array[m.id] from message m
+  )
+  select m.ready_at, m.pushed_at, t.wanted_until, t.wanted_by into stored
+  from message m left join lateral (
+    select t.wanted_until, t.wanted_by from pushpop.topics t where t.topic = push.topic offset 0
+  ) t on true;
 
   duplicate := not found;
   if duplicate then
     perform pushpop.wait_for_duplicate();
   else
-    insert into pushpop.counts (topic, at, pid, live) values (push.topic, stamped, pg_backend_pid(), 1)
-    on conflict (topic, at, pid) do update set live = counts.live + 1;
-    perform pushpop.after_push(push.topic, due, stamped, push.ready_at is not null, sender);
+    if push.ready_at is not null and stored.ready_at <= stored.pushed_at then
+      insert into pushpop.behind (topic, ready_at, id) values (push.topic, stored.ready_at, pushed) on conflict do nothing;
+    end if;
+    if sender is null or (stored.wanted_until > stored.pushed_at and stored.wanted_by is distinct from sender) then
+      perform pg_notify('pushpop', push.topic);
+    end if;
+  end if;
+  perform pushpop.make_durable();
+end
+$body$;
+
+-- What is acknowledged survives a crash of the server, whatever the role prefers.
+create function pushpop.make_durable() returns void
+language plpgsql
+as $body$
+begin
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
   end if;
 end
 $body$;
@@ -191,9 +186,9 @@ begin
 end
 $body$;
 
--- Pushes many messages in the order of the arrays, and returns the ids of those that changed
--- nothing, because a message with their id was still stored in the topic. The arguments are
--- those of push, an array each; an array that is null stands for the default.
+-- Pushes many messages in the order of the arrays, and returns the places in them of those that
+-- changed nothing, because a message with their id was still stored in the topic. The arguments
+-- are those of push, an array each; an array that is null stands for the default.
 create function pushpop.push_many(
   topic        text,
   ids          uuid[],
@@ -203,60 +198,111 @@ create function pushpop.push_many(
   headers      jsonb[]            default null,
   max_attempts integer[]          default null,
   sender       uuid               default null
-) returns setof uuid
+) returns setof integer
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  wanted   integer := cardinality(ids);
-  inserted uuid[];
-  earliest timestamptz;
-  stamped  timestamptz;
+  wanted  integer := cardinality(ids);
+  simple  boolean := delays is null and ready_ats is null and headers is null and max_attempts is null;
+  places  integer[];  -- of those that were stored; null: all
+  stamped timestamptz;
+  known   record;
 begin
   perform pushpop.check_topic(push_many.topic);
-  if wanted is null or wanted is distinct from cardinality(payloads)
-     or wanted <> coalesce(cardinality(delays), wanted) or wanted <> coalesce(cardinality(ready_ats), wanted)
-     or wanted <> coalesce(cardinality(headers), wanted) or wanted <> coalesce(cardinality(max_attempts), wanted) then
-    perform pushpop.refuse('the arrays have one element a message each');
-  elsif array_position(ids, null) is not null then
+  perform pushpop.check_arrays(wanted, array[cardinality(payloads), cardinality(delays), cardinality(ready_ats),
+                                             cardinality(headers), cardinality(max_attempts)]);
+  if array_position(ids, null) is not null then
     perform pushpop.refuse('an id is not null');
   end if;
   perform pushpop.check_payload(u.payload) from unnest(payloads) u(payload)
-    where u.payload is null or octet_length(u.payload) > 16777216;
-  if delays is not null or ready_ats is not null or headers is not null or max_attempts is not null then
+  where u.payload is null or octet_length(u.payload) > 16777216;
+  if not simple then
     perform pushpop.check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
   end if;
 
-  -- In the order of the ids, so that two batches with the same ones cannot deadlock; the order
-  -- of the arrays is kept in pushed_at.
-  with stored as (
-    insert into pushpop.messages (topic, id, payload, headers, max_attempts, pushed_at, ready_at)
-    select push_many.topic, u.id, u.payload, u.headers,
-           case when push_many.max_attempts is null then 25 else u.max_attempts end,
-           stamp.now + u.place * interval '1 microsecond',
-           coalesce(u.ready_at, stamp.now + u.place * interval '1 microsecond'
-                                          + coalesce(u.delay, 0) * interval '1 second')
-    from (select clock_timestamp() as now offset 0) stamp,
-         unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
-           with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place)
-    order by u.id
-    on conflict (topic, id) do nothing
-    returning id, ready_at, pushed_at
-  )
-  select array_agg(id), min(ready_at), min(pushed_at) into inserted, earliest, stamped from stored;
+  lock table pushpop.messages in row exclusive mode;
+  stamped := clock_timestamp();
 
-  if inserted is not null then
-    insert into pushpop.counts (topic, at, pid, live)
-    values (push_many.topic, stamped, pg_backend_pid(), cardinality(inserted))
-    on conflict (topic, at, pid) do update set live = counts.live + excluded.live;
-    perform pushpop.after_push(push_many.topic, earliest, stamped, ready_ats is not null, sender);
+  -- In the order of the ids, so that two batches with the same ones cannot deadlock. Looking for
+  -- conflicts costs as much as the insert itself, so that is done only if there are any.
+  begin
+    if simple then
+      insert into pushpop.messages (topic, id, payload, max_attempts, place, pushed_at, ready_at)
+      select push_many.topic, u.id, u.payload, 25, u.place, stamped, stamped
+      from unnest(ids, payloads) with ordinality u(id, payload, place) order by u.id;
+    else
+      insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+      select push_many.topic, u.id, u.payload, u.headers,
+             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
+      from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
+             with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id;
+    end if;
+  exception when unique_violation then
+    with stored as (
+      insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+      select push_many.topic, u.id, u.payload, u.headers,
+             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
+      from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
+             with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id, u.place
+      on conflict (topic, id) do nothing
+      returning place
+    )
+    select coalesce(array_agg(s.place), '{}') into places from stored s;
+  end;
+
+  if simple and places is null then
+    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
+    select push_many.topic, stamped, stamped, p, least(25, wanted - p + 1), ids[p], ids[p : least(p + 24, wanted)]
+    from generate_series(1, wanted, 25) p;
+  else
+    with stored as (
+      select u.id, u.place::integer,
+             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
+      from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
+      where places is null or u.place = any(places)
+    ),
+    run as (
+      insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
+      select push_many.topic, s.ready_at, stamped, min(s.place), count(*),
+             (array_agg(s.id order by s.place))[1], array_agg(s.id order by s.place)
+      from stored s group by s.ready_at, (s.place - 1) / 25
+    )
+    insert into pushpop.behind (topic, ready_at, id)
+    select push_many.topic, s.ready_at, s.id from stored s where s.ready_at < stamped
+    order by s.ready_at, s.id limit 1
+    on conflict do nothing;
   end if;
-  if coalesce(cardinality(inserted), 0) < wanted then
+
+  if places is null or cardinality(places) > 0 then
+    select t.wanted_until, t.wanted_by into known from pushpop.topics t where t.topic = push_many.topic;
+    if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
+      perform pg_notify('pushpop', push_many.topic);
+    end if;
+  end if;
+  perform pushpop.make_durable();
+  if places is not null then
     perform pushpop.wait_for_duplicate();
-    return query
-      select u.id from unnest(ids) u(id) except all select u.id from unnest(inserted) u(id);
+    return query select p from generate_series(1, wanted) p where p <> all (places);
+  end if;
+end
+$body$;
+
+-- Parallel arrays are of one length, 1 to 10000, or null.
+create function pushpop.check_arrays(wanted integer, others integer[]) returns void
+language plpgsql immutable
+as $body$
+begin
+  if wanted is null or wanted not between 1 and 10000 then
+    perform pushpop.refuse(format('a batch has 1 to 10000 elements, not %s', coalesce(wanted, 0)));
+  elsif not (wanted = all (array_remove(others, null))) then
+    perform pushpop.refuse('the arrays of a batch have the same length');
   end if;
 end
 $body$;

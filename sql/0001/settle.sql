@@ -1,8 +1,13 @@
 -- Settling: what the holder of a lease does with its message, each proved by the token.
+--
+-- A token is 16 random bytes, the key of a row of pushpop.leases; two bytes, the slot of the message
+-- in it; four bytes, the number of the delivery. The lease proves that this delivery was made; the
+-- fence of the message, that none has followed it.
 
--- Settles many leases of a topic in one statement, and returns those that were not settled:
--- `lost` when the message is stored, but its lease was handed on or settled otherwise; `gone`
--- when no such message is stored any more. Repeating a settle that succeeded succeeds again.
+-- Settles many leases of a topic in one statement. Returns the places of those that were not
+-- settled: `lost` when the message is stored, but its lease was handed on or settled otherwise;
+-- `gone` when no such message is stored any more; and of those that were extended, `extended` with
+-- their new deadline. Repeating a settle that succeeded succeeds again.
 --
 -- outcomes  one word a lease:
 --           complete, discard   done; kept for `keep` seconds so that it can be found, then deleted
@@ -12,102 +17,330 @@
 --           extend              its lease ends `delay` seconds from now, never earlier than it did
 -- delays    seconds; for fail null means 1 s, doubled with each attempt, up to 1 h, with jitter
 -- errors    why a message failed
+-- tidy      whether leases that are used up are cleared away at once. They are locked for that, so
+--           not within a longer transaction.
 create function pushpop.settle_many(
   topic    text,
   ids      uuid[],
-  tokens   uuid[],
+  tokens   bytea[],
   outcomes text[],
   delays   double precision[] default null,
   errors   text[]             default null,
-  keep     double precision   default 3600
-) returns table (id uuid, token uuid, result text)
+  keep     double precision   default 3600,
+  tidy     boolean            default false
+) returns table (place integer, result text, lease_until timestamptz)
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
 set jit = off
+set enable_seqscan = off
 set enable_bitmapscan = off
-set enable_hashjoin = off
-set enable_mergejoin = off
+set enable_material = off
+set random_page_cost = 0
+set cpu_tuple_cost = 0
+set cpu_operator_cost = 0
+set cpu_index_tuple_cost = 1
 set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
   moment  timestamptz := clock_timestamp();
   wanted  integer := cardinality(ids);
-  settled bigint := 0;
-  live    bigint := 0;  -- what becomes of the counts
-  leased  bigint := 0;
-  dead    bigint := 0;
+  places  integer[];  -- of the leases that are proved
+  fences  integer[];  -- the numbers of their deliveries
+  settled integer[];
+  one     record;
 begin
   perform pushpop.check_topic(settle_many.topic);
   perform pushpop.check_settle(ids, tokens, outcomes, delays, errors, keep);
 
-  if outcomes && '{complete,discard}' then
-    if keep > 0 then
-      update pushpop.messages m
-      set state       = case a.outcome when 'complete' then 'c'::"char" else 'x'::"char" end,
-          lease_until = null,
-          done_at     = moment,
-          delete_at   = moment + keep * interval '1 second'
-      from (select u.id, u.token, u.outcome from unnest(ids, tokens, outcomes) u(id, token, outcome)
-            where u.outcome in ('complete', 'discard') order by u.id offset 0) a
-      where m.topic = settle_many.topic and m.id = a.id and m.token = a.token and m.state = 'l';
-    else
-      delete from pushpop.messages m
-      using (select u.id, u.token from unnest(ids, tokens, outcomes) u(id, token, outcome)
-             where u.outcome in ('complete', 'discard') order by u.id offset 0) a
-      where m.topic = settle_many.topic and m.id = a.id and m.token = a.token and m.state = 'l';
+  if wanted = 1 and outcomes <@ '{complete,discard}' then
+    if pushpop.settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
+      perform pushpop.make_durable();
+      return;
     end if;
-    get diagnostics settled = row_count;
-    live := -settled;
-    leased := -settled;
   end if;
 
-  if outcomes && '{defer,release,fail,extend}' then
-    with given_back as (
-      update pushpop.messages m
-      set state       = case a.outcome when 'defer' then 'd'::"char" when 'release' then 'r'::"char"
-                          when 'extend' then 'l'::"char"
-                          else case when m.attempt >= m.max_attempts then 'z'::"char" else 'f'::"char" end end,
-          lease_until = case a.outcome when 'extend'
-                          then greatest(m.lease_until, moment + a.delay * interval '1 second') end,
-          ready_at    = case a.outcome when 'defer' then moment + a.delay * interval '1 second'
-                          when 'fail' then case when m.attempt >= m.max_attempts then m.ready_at
-                            else moment + coalesce(a.delay, pushpop.backoff(m.attempt)) * interval '1 second' end
-                          else m.ready_at end,
-          attempt     = case when a.outcome in ('defer', 'release') then m.attempt - 1 else m.attempt end,
-          done_at     = case when a.outcome = 'fail' and m.attempt >= m.max_attempts then moment end,
-          last_error  = case a.outcome when 'fail' then left(a.error, 8192) else m.last_error end
-      from (select u.id, u.token, u.outcome, u.delay, u.error
-            from unnest(ids, tokens, outcomes, delays, errors) u(id, token, outcome, delay, error)
-            where u.outcome in ('defer', 'release', 'fail', 'extend') order by u.id offset 0) a
-      where m.topic = settle_many.topic and m.id = a.id and m.token = a.token and m.state = 'l'
-      returning m.state
-    )
-    select settled + count(*), live - count(*) filter (where g.state = 'z'),
-           leased - count(*) filter (where g.state <> 'l'), count(*) filter (where g.state = 'z')
-    into settled, live, leased, dead
-    from given_back g;
+  with asked as materialized (
+    select u.place::integer as place, u.id, u.token, substring(u.token from 1 for 16) as key,
+           get_byte(u.token, 16) * 256 + get_byte(u.token, 17) as slot
+    from unnest(ids, tokens) with ordinality u(id, token, place)
+    where octet_length(u.token) = 22
+  ),
+  lease as materialized (
+    select k.key, l.ids, l.fences
+    from (select distinct a.key from asked a offset 0) k
+    cross join lateral (
+      select l.ids, l.fences from pushpop.leases l where l.topic = settle_many.topic and l.key = k.key offset 0
+    ) l
+  )
+  select array_agg(a.place order by a.id), array_agg(l.fences[a.slot] order by a.id) into places, fences
+  from asked a join lease l on l.key = a.key
+  where l.ids[a.slot] = a.id and substring(a.token from 19) = int4send(l.fences[a.slot]);
+
+  -- A lease that was extended has a row of its own, which may outlive the other.
+  if coalesce(cardinality(places), 0) < wanted then
+    select array_agg(p.place order by p.id), array_agg(p.fence order by p.id) into places, fences
+    from (
+      select u.place, ids[u.place] as id, u.fence from unnest(places, fences) u(place, fence)
+      union
+      select a.place::integer, a.id, l.fences[1]
+      from unnest(ids, tokens) with ordinality a(id, token, place)
+      cross join lateral (
+        select l.fences from pushpop.leases l
+        where l.topic = settle_many.topic and l.key = a.token and l.ids[1] = a.id offset 0
+      ) l
+    ) p;
   end if;
 
-  if leased <> 0 then
-    insert into pushpop.counts (topic, at, pid, live, leased, settled, dead)
-    values (settle_many.topic, clock_timestamp(), pg_backend_pid(), live, leased,
-            case when keep > 0 then -live - dead else 0 end, dead)
-    on conflict (topic, at, pid) do update
-    set live = counts.live + excluded.live, leased = counts.leased + excluded.leased,
-        settled = counts.settled + excluded.settled, dead = counts.dead + excluded.dead;
+  if places is null then
+    null;
+  elsif outcomes <@ '{complete}' or outcomes <@ '{discard}' then
+    settled := pushpop.settle_done(settle_many.topic, ids, places, fences, outcomes[1], moment, keep);
+  else
+    if outcomes && '{complete,discard}' then
+      select array_agg(p) into settled
+      from (
+        select o.outcome, array_agg(u.place order by u.ordinal) as places, array_agg(u.fence order by u.ordinal) as fences
+        from unnest(places, fences) with ordinality u(place, fence, ordinal)
+        join unnest(outcomes) with ordinality o(outcome, place) on o.place = u.place
+        where o.outcome in ('complete', 'discard')
+        group by o.outcome
+      ) alike
+      cross join lateral unnest(pushpop.settle_done(settle_many.topic, ids, alike.places, alike.fences, alike.outcome, moment, keep)) p;
+    end if;
+    for one in
+      select u.place, u.fence, outcomes[u.place] as outcome from unnest(places, fences) u(place, fence)
+    loop
+      if one.outcome = 'extend' then
+        lease_until := pushpop.extend_lease(settle_many.topic, ids[one.place], one.fence, tokens[one.place],
+                                            moment + delays[one.place] * interval '1 second');
+        if lease_until is not null then
+          place := one.place;
+          result := 'extended';
+          return next;
+          settled := settled || one.place;
+        end if;
+      elsif one.outcome in ('defer', 'release', 'fail') then
+        if pushpop.give_back(settle_many.topic, ids[one.place], one.fence, one.outcome, moment,
+                             delays[one.place], errors[one.place]) then
+          settled := settled || one.place;
+        end if;
+      end if;
+    end loop;
   end if;
 
-  if settled < wanted then
+  if tidy and settled is not null then
+    perform pushpop.tidy_lease(settle_many.topic, k.key, k.used)
+    from (
+      select substring(tokens[s.place] from 1 for 16) as key, count(*)::integer as used
+      from unnest(settled) s(place) group by 1 order by 1
+    ) k;
+  end if;
+  perform pushpop.make_durable();
+
+  -- What was not settled now may have been settled by the same lease before.
+  if coalesce(cardinality(settled), 0) < wanted then
     return query
-      select a.id, a.token, case when m.id is null then 'gone' else 'lost' end
-      from unnest(ids, tokens, outcomes) a(id, token, outcome)
-      left join pushpop.messages m on m.topic = settle_many.topic and m.id = a.id
-      where m.id is null or m.token is distinct from a.token or not (
-        case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
-          when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
-          when 'fail' then m.state in ('f', 'z') else m.state = 'l' end);
+      select a.place::integer, case when m.id is null then 'gone' else 'lost' end, null::timestamptz
+      from unnest(ids, tokens, outcomes) with ordinality a(id, token, outcome, place)
+      left join lateral (
+        select m.id, m.fence, m.state from pushpop.messages m
+        where m.topic = settle_many.topic and m.id = a.id offset 0
+      ) m on true
+      where (settled is null or a.place <> all (settled))
+        and not coalesce(int4send(m.fence) = substring(a.token from 19)
+          and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
+                when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
+                when 'fail' then m.state in ('f', 'z') else false end, false);
+  end if;
+end
+$body$;
+
+-- The usual case, in one statement: one message is completed or discarded, and its lease is in order.
+create function pushpop.settle_single(
+  topic text, id uuid, token bytea, outcome text, moment timestamptz, keep double precision, tidy boolean
+) returns boolean
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  lease_key bytea := substring(token from 1 for 16);
+  delivery  integer;
+  done      bigint;
+begin
+  if octet_length(token) is distinct from 22 then
+    return false;
+  end if;
+  select l.fences[s.slot] into delivery
+  from pushpop.leases l, (select get_byte(token, 16) * 256 + get_byte(token, 17) as slot) s
+  where l.topic = settle_single.topic and l.key = lease_key and l.ids[s.slot] = settle_single.id
+    and int4send(l.fences[s.slot]) = substring(token from 19);
+  if not found then
+    return false;
+  elsif keep > 0 then
+    with message as (
+      update pushpop.messages m
+      set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+          done_at = moment, delete_at = moment + keep * interval '1 second'
+      where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+        and m.state in ('p', 'd', 'r', 'f', 'e')
+      returning m.id, m.delete_at
+    )
+    insert into pushpop.history (topic, delete_at, id, n, ids)
+    select settle_single.topic, m.delete_at, m.id, 1, array[m.id] from message m;
+  else
+    delete from pushpop.messages m
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  get diagnostics done = row_count;
+  if done > 0 and tidy then
+    perform pushpop.tidy_lease(settle_single.topic, lease_key, 1);
+  end if;
+  return done > 0;
+end
+$body$;
+
+-- Completes or discards the messages of proved leases; returns the places of those of which that
+-- was true.
+create function pushpop.settle_done(
+  topic text, ids uuid[], places integer[], fences integer[], outcome text, moment timestamptz, keep double precision
+) returns integer[]
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  target  tid[];
+  ended   uuid[];
+  done    integer;
+begin
+  select array_agg(m.tid), array_agg(m.id), array_agg(m.place) into target, ended, places
+  from (
+    select u.place, ids[u.place] as id, m.tid
+    from unnest(places, fences) u(place, fence)
+    cross join lateral (
+      select m.ctid as tid from pushpop.messages m
+      where m.topic = settle_done.topic and m.id = ids[u.place] and m.fence = u.fence - 1
+        and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+    ) m
+  ) m;
+
+  if keep > 0 then
+    update pushpop.messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+  else
+    delete from pushpop.messages m
+    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  get diagnostics done = row_count;
+
+  -- Some were reclaimed, or settled by a twin of this call, while this one waited for them.
+  if done < cardinality(target) then
+    select array_agg(u.id), array_agg(u.place) into ended, places
+    from unnest(ended, places) u(id, place)
+    left join lateral (
+      select m.id, m.done_at from pushpop.messages m where m.topic = settle_done.topic and m.id = u.id offset 0
+    ) m on true
+    where case when keep > 0 then m.done_at = moment else m.id is null end;
+    if cardinality(ended) > done then
+      return null;
+    end if;
+  end if;
+
+  if keep > 0 then
+    insert into pushpop.history (topic, delete_at, id, n, ids)
+    select settle_done.topic, moment + keep * interval '1 second', ended[p], least(250, cardinality(ended) - p + 1),
+           ended[p : p + 249]
+    from generate_series(1, cardinality(ended), 250) p;
+  end if;
+  return places;
+end
+$body$;
+
+-- Ends a delivery without an end of the message: it waits again, or is dead.
+create function pushpop.give_back(
+  topic text, id uuid, fence integer, outcome text, moment timestamptz, delay double precision, error text
+) returns boolean
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  message record;
+begin
+  update pushpop.messages m
+  set state      = case outcome when 'defer' then 'd' when 'release' then 'r' when 'expire' then 'e' else 'f' end::"char",
+      fence      = m.fence + 1,
+      attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
+      ready_at   = case outcome
+                     when 'defer' then moment + delay * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, pushpop.backoff(m.attempt + 1)) * interval '1 second'
+                     else m.ready_at end,
+      last_error = case when outcome in ('fail', 'expire') then left(error, 8192) else m.last_error end
+  where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
+    and m.state in ('p', 'd', 'r', 'f', 'e')
+  returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
+  into message;
+  if not found then
+    return false;
+  end if;
+
+  if message.dead then
+    update pushpop.messages m set state = 'z', done_at = moment
+    where m.topic = give_back.topic and m.id = give_back.id;
+    insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
+  else
+    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
+    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.id, array[message.id]);
+    if message.ready_at < moment + interval '1 second' then
+      insert into pushpop.behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
+      on conflict do nothing;
+    end if;
+  end if;
+  return true;
+end
+$body$;
+
+-- Gives a lease a row of its own with a later end; returns that, or null if the lease is over.
+create function pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamptz) returns timestamptz
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  ends timestamptz;
+begin
+  perform from pushpop.messages m
+  where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
+    and m.state in ('p', 'd', 'r', 'f', 'e');
+  if not found then
+    return null;
+  end if;
+  -- Never earlier than it was: the row that it shared so far may end later.
+  select greatest(until, l.lease_until) into ends from pushpop.leases l
+  where l.topic = extend_lease.topic and l.key = substring(token from 1 for 16);
+  insert into pushpop.leases as l (topic, key, lease_until, open, ids, fences)
+  values (extend_lease.topic, token, coalesce(ends, until), 0, array[extend_lease.id], array[extend_lease.fence])
+  on conflict (topic, key) do update set lease_until = greatest(l.lease_until, excluded.lease_until)
+  returning lease_until into ends;
+  return ends;
+end
+$body$;
+
+-- Notes that some messages of a lease are settled, and clears it away with the last.
+create function pushpop.tidy_lease(topic text, key bytea, used integer) returns void
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  lease record;
+begin
+  select l.open, l.ctid as tid into lease from pushpop.leases l
+  where l.topic = tidy_lease.topic and l.key = tidy_lease.key for update skip locked;
+  if lease.open <= used then
+    delete from pushpop.leases l where l.topic = tidy_lease.topic and l.ctid = lease.tid;
+  elsif lease.open > used then
+    update pushpop.leases l set open = l.open - used where l.topic = tidy_lease.topic and l.ctid = lease.tid;
   end if;
 end
 $body$;
@@ -121,21 +354,18 @@ as $body$
 $body$;
 
 create function pushpop.check_settle(
-  ids uuid[], tokens uuid[], outcomes text[], delays double precision[], errors text[], keep double precision
+  ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision
 ) returns void
 language plpgsql immutable
 as $body$
-declare
-  wanted integer := cardinality(ids);
 begin
-  if wanted is null or wanted is distinct from cardinality(tokens) or wanted is distinct from cardinality(outcomes)
-     or wanted <> coalesce(cardinality(delays), wanted) or wanted <> coalesce(cardinality(errors), wanted) then
-    perform pushpop.refuse('the arrays have one element a lease each');
-  elsif not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
+  perform pushpop.check_arrays(cardinality(ids), array[coalesce(cardinality(tokens), 0), coalesce(cardinality(outcomes), 0),
+                                                       cardinality(delays), cardinality(errors)]);
+  if not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
     perform pushpop.refuse('an outcome is one of complete, discard, defer, release, fail, extend');
   elsif keep is null or not (keep >= 0 and keep <= 250000000000) then
     perform pushpop.refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
-  elsif outcomes && '{defer,release,fail,extend}' then
+  elsif outcomes && '{defer,fail,extend}' then
     perform pushpop.refuse(format('a delay has 0 to 250000000000 seconds, not %s', coalesce(u.delay::text, 'null')))
     from unnest(outcomes, delays) u(outcome, delay)
     where u.outcome in ('defer', 'fail')
@@ -148,7 +378,7 @@ $body$;
 -- The same for one lease; an error if it is lost, so that a transaction around it cannot commit
 -- what was done without the lease.
 create function pushpop.settle_one(
-  topic text, id uuid, token uuid, outcome text, delay double precision, error text, keep double precision
+  topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision
 ) returns void
 language plpgsql
 as $body$
@@ -157,7 +387,8 @@ declare
 begin
   select s.result into problem
   from pushpop.settle_many(settle_one.topic, array[settle_one.id], array[settle_one.token], array[outcome],
-                           array[delay], array[error], keep) s;
+                           array[delay], array[error], keep) s
+  where s.result <> 'extended';
   if found then
     raise exception 'the lease of message % of topic % is lost', settle_one.id, settle_one.topic
       using errcode = 'PP001',
@@ -167,32 +398,32 @@ begin
 end
 $body$;
 
-create function pushpop.complete(topic text, id uuid, token uuid, keep double precision default 3600) returns void
+create function pushpop.complete(topic text, id uuid, token bytea, keep double precision default 3600) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $body$ select pushpop.settle_one(topic, id, token, 'complete', null, null, keep) $body$;
 
-create function pushpop.discard(topic text, id uuid, token uuid, keep double precision default 3600) returns void
+create function pushpop.discard(topic text, id uuid, token bytea, keep double precision default 3600) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $body$ select pushpop.settle_one(topic, id, token, 'discard', null, null, keep) $body$;
 
-create function pushpop.defer(topic text, id uuid, token uuid, delay double precision) returns void
+create function pushpop.defer(topic text, id uuid, token bytea, delay double precision) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $body$ select pushpop.settle_one(topic, id, token, 'defer', delay, null, 0) $body$;
 
-create function pushpop.release(topic text, id uuid, token uuid) returns void
+create function pushpop.release(topic text, id uuid, token bytea) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $body$ select pushpop.settle_one(topic, id, token, 'release', null, null, 0) $body$;
 
-create function pushpop.fail(topic text, id uuid, token uuid, error text, delay double precision default null) returns void
+create function pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision default null) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $body$ select pushpop.settle_one(topic, id, token, 'fail', delay, error, 0) $body$;
 
-create function pushpop.extend(topic text, id uuid, token uuid, lease double precision) returns void
+create function pushpop.extend(topic text, id uuid, token bytea, lease double precision) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
 as $body$ select pushpop.settle_one(topic, id, token, 'extend', lease, null, 0) $body$;

@@ -1,85 +1,71 @@
 -- Figures of a topic, and the list of topics.
 
--- Figures of one topic, as of now: their cost does not grow with the number that waits.
+-- Figures of one topic, as of now. Their cost grows with the number of runs and leases, which stand
+-- for many messages each.
 create function pushpop.stats(
   topic text,
-  out at         timestamptz,
-  out ready      bigint,
-  out delayed    bigint,
-  out leased     bigint,
-  out settled    bigint,      -- completed or discarded, and still stored
-  out dead       bigint,
+  out at              timestamptz,
+  out ready           bigint,
+  out delayed         bigint,
+  out leased          bigint,
+  out settled         bigint,      -- completed or discarded, and still stored
+  out dead            bigint,
   out oldest_ready_at timestamptz
 )
-language plpgsql stable security definer
+language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
 set jit = off
+set enable_seqscan = off
 set enable_bitmapscan = off
-set enable_sort = off
+set enable_material = off
+set random_page_cost = 0
+set cpu_tuple_cost = 0
+set cpu_operator_cost = 0
+set cpu_index_tuple_cost = 1
 as $body$
 #variable_conflict use_column
 declare
-  most    constant bigint := 10000;
-  moment  timestamptz := clock_timestamp();
-  bottom  record;
-  live    bigint;
-  expired bigint;
-  exhausted bigint;
+  exact   constant bigint := 10000;
+  start   timestamptz := pushpop.bottom(topic);
+  expired bigint := 0;
+  doomed  bigint := 0;
+  oldest  timestamptz;
 begin
   perform pushpop.check_topic(stats.topic);
-  at := moment;
-  bottom := pushpop.bottom(stats.topic);
+  at := clock_timestamp();
 
-  select coalesce(sum(c.live), 0), coalesce(sum(c.leased), 0), coalesce(sum(c.settled), 0), coalesce(sum(c.dead), 0)
-  into live, leased, settled, dead
-  from (
-    select b.live, b.leased, b.settled, b.dead from pushpop.counts b
-    where b.topic = stats.topic and b.at = '-infinity'
-    union all
-    select c.live, c.leased, c.settled, c.dead from pushpop.counts c
-    where c.topic = stats.topic and c.at > '-infinity'
-      and c.at >= coalesce((select t.counted_to from pushpop.topics t where t.topic = stats.topic), '-infinity')
-  ) c;
+  select coalesce(sum(q.n) filter (where q.ready_at <= at), 0), coalesce(sum(q.n) filter (where q.ready_at > at), 0),
+         min(q.ready_at) filter (where q.ready_at <= at)
+  into ready, delayed, oldest_ready_at
+  from pushpop.runs q where q.topic = stats.topic and q.ready_at >= start;
 
-  -- The leased ones stand near the bottom; knowing their number, the scan ends with the last.
-  select count(*) filter (where l.lease_until <= moment),
-         count(*) filter (where l.lease_until <= moment and l.attempt >= l.max_attempts)
-  into expired, exhausted
-  from (
-    select m.lease_until, m.attempt, m.max_attempts from pushpop.messages m
-    where m.topic = stats.topic and m.done_at is null and m.state = 'l'
-      and (m.ready_at, m.pushed_at) >= (bottom.ready_at, bottom.pushed_at)
-    order by m.ready_at, m.pushed_at
-    limit leased
-  ) l;
-  leased := leased - expired;
-  live := live - exhausted;
-  dead := dead + exhausted;
-
-  -- Usually few are ready or few are delayed: count those, and know the others.
-  select count(*) into ready from (
-    select from pushpop.messages m
-    where m.topic = stats.topic and m.done_at is null
-      and (m.ready_at, m.pushed_at) >= (bottom.ready_at, bottom.pushed_at) and m.ready_at <= moment
-      and (m.lease_until is null or m.lease_until <= moment and not coalesce(m.attempt >= m.max_attempts, false))
-    order by m.ready_at, m.pushed_at
-    limit most
-  ) r;
-  if ready < most then
-    delayed := live - leased - ready;
-  else
-    select count(*) into delayed from pushpop.messages m
-    where m.topic = stats.topic and m.done_at is null and m.ready_at > moment;
-    ready := live - leased - delayed;
+  -- Leases may hold messages that were settled in their holder's transaction. While there are not
+  -- too many, look at each.
+  select coalesce(sum(cardinality(l.ids)), 0), coalesce(sum(l.open) filter (where l.lease_until > at), 0)
+  into expired, leased
+  from pushpop.leases l where l.topic = stats.topic;
+  if expired <= exact then
+    select count(distinct m.id) filter (where l.lease_until > at),
+           count(distinct m.id) filter (where l.lease_until <= at and not m.doomed),
+           count(distinct m.id) filter (where l.lease_until <= at and m.doomed),
+           min(m.ready_at) filter (where l.lease_until <= at and not m.doomed)
+    into leased, expired, doomed, oldest
+    from (
+      select u.id, u.fence, max(l.lease_until) as lease_until
+      from (select l.ids, l.fences, l.lease_until from pushpop.leases l where l.topic = stats.topic offset 0) l
+      cross join lateral unnest(l.ids, l.fences) u(id, fence)
+      group by u.id, u.fence
+    ) l
+    cross join lateral (
+      select m.id, m.ready_at, coalesce(m.attempt + 1 >= m.max_attempts, false) as doomed from pushpop.messages m
+      where m.topic = stats.topic and m.id = l.id and m.fence = l.fence - 1 and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+    ) m;
+    ready := ready + expired;
+    oldest_ready_at := least(oldest_ready_at, oldest);
   end if;
 
-  select m.ready_at into oldest_ready_at from pushpop.messages m
-  where m.topic = stats.topic and m.done_at is null
-    and (m.ready_at, m.pushed_at) >= (bottom.ready_at, bottom.pushed_at) and m.ready_at <= moment
-    and (m.lease_until is null or m.lease_until <= moment and not coalesce(m.attempt >= m.max_attempts, false))
-  order by m.ready_at, m.pushed_at
-  limit 1;
+  select coalesce(sum(h.n), 0) into settled from pushpop.history h where h.topic = stats.topic;
+  select count(*) + doomed into dead from pushpop.dead d where d.topic = stats.topic;
 end
 $body$;
 

@@ -1,104 +1,122 @@
 -- The tables of the queue. Every primary key begins with the topic, so that the
 -- tables can be hash-distributed by it.
 
--- One row is one message for its whole life: waiting, leased, settled, dead.
--- A single table makes "pushed once" a primary key, and a settle an update in place.
---
--- Who pops, settles and extends changes only columns that stand in no index, except
--- when a message leaves the queue or moves to another time: those updates stay on
--- their page (HOT) and cost no index write.
+-- One row is one message for its whole life: waiting, leased, settled, dead. The primary key is its
+-- only index, so that "pushed once" is a constraint, and every update stays on its page (HOT).
+-- What is written while a message is leased stands in the lease: attempt and fence here count
+-- what is over.
 create table pushpop.messages (
   -- fixed-width columns first, by alignment: no padding in the row
-  ready_at     timestamptz not null,            -- its place in the order; may be popped from then on
-  pushed_at    timestamptz not null,            -- ties of ready_at; one microsecond apart within a batch
-  lease_until  timestamptz,                     -- the deadline of the lease, null when nobody holds it
-  done_at      timestamptz,                     -- when it left the queue: completed, discarded or dead
-  delete_at    timestamptz,                     -- when a completed or discarded message is to be deleted
-  fence        bigint not null default 0,       -- number of deliveries; never given back
-  attempt      integer not null default 0,      -- number of attempts; defer and release give theirs back
-  max_attempts smallint,                        -- null: without end
-  state        "char" not null default 'p',     -- pushed, leased, deferred, released, failed, completed, x discarded, z dead
+  pushed_at    timestamptz not null,
+  ready_at     timestamptz not null,         -- its place in the order; may be popped from then on
+  done_at      timestamptz,                  -- when it left the queue: completed, discarded or dead
+  delete_at    timestamptz,                  -- when a completed or discarded message is to be deleted
+  fence        integer not null default 0,   -- deliveries that are over
+  attempt      integer not null default 0,   -- attempts that are over; defer and release give theirs back
+  place        integer not null,             -- among the messages pushed by the same statement
+  max_attempts smallint,                     -- null: without end
+  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded, z dead
   id           uuid not null,
-  token        uuid,                            -- proves the newest delivery; kept after the settle, so that it can be repeated
   topic        text collate "C" not null,
   last_error   text,
   headers      jsonb,
   payload      bytea not null,
 
   primary key (topic, id),
-  constraint state_is_known check (state in ('p', 'l', 'd', 'r', 'f', 'c', 'x', 'z')),
-  constraint leased_has_deadline check ((state = 'l') = (lease_until is not null)),
-  constraint done_has_time check ((state in ('c', 'x', 'z')) = (done_at is not null)),
-  constraint only_settled_are_deleted check (delete_at is null or state in ('c', 'x'))
+  constraint state_is_known check (state in ('p', 'd', 'r', 'f', 'e', 'c', 'x', 'z'))
 ) with (
-  fillfactor = 70,
-  autovacuum_vacuum_scale_factor = 0.02,
+  fillfactor = 60,
+  autovacuum_vacuum_scale_factor = 0.05,
   autovacuum_vacuum_threshold = 10000,
-  autovacuum_analyze_scale_factor = 0.2,
   autovacuum_vacuum_cost_delay = 0
 );
 
 -- Payloads are often compressed or random already: store wide ones aside as they are.
 alter table pushpop.messages alter column payload set storage external;
 
--- The order of the queue. Leased messages stay in it, at their place.
-create index messages_order on pushpop.messages (topic, ready_at, pushed_at) where done_at is null;
+-- The order of the queue. A row stands for up to 25 messages that were pushed together and are
+-- ready at the same time; a message that nobody holds is in one run, one that is leased in none.
+create table pushpop.runs (
+  ready_at  timestamptz not null,
+  pushed_at timestamptz not null,
+  place     integer not null,   -- of the first message
+  n         integer not null,
+  id        uuid not null,      -- of the first message
+  topic     text collate "C" not null,
+  ids       uuid[] not null,
+  primary key (topic, ready_at, pushed_at, place, id)
+) with (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 
--- History, by the time at which it may go.
-create index messages_history on pushpop.messages (topic, delete_at) where delete_at is not null;
+alter table pushpop.runs alter column ids set storage plain;
+
+-- What was handed out. A row stands for up to 250 messages popped by one statement; a lease that was
+-- extended has a row of its own, with the whole token as its key. Settles prove themselves here and
+-- write to the message: a row whose messages are all settled is garbage.
+create table pushpop.leases (
+  lease_until timestamptz not null,
+  open        integer not null,  -- how many are not settled yet, or fewer; a hint
+  topic       text collate "C" not null,
+  key         bytea not null,    -- the first 16 bytes of the tokens: random
+  ids         uuid[] not null,
+  fences      integer[] not null, -- the numbers of the deliveries
+  primary key (topic, key)
+) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
+
+-- Read slot by slot: as it is, without compression.
+alter table pushpop.leases alter column ids set storage plain, alter column fences set storage plain;
+create index leases_until on pushpop.leases (topic, lease_until);
+
+-- Completed and discarded messages, by the time at which they may go. A row stands for up to 250.
+create table pushpop.history (
+  delete_at timestamptz not null,
+  n         integer not null,
+  id        uuid not null,      -- of the first
+  topic     text collate "C" not null,
+  ids       uuid[] not null,
+  primary key (topic, delete_at, id)
+) with (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
+
+alter table pushpop.history alter column ids set storage plain;
 
 -- Dead letters, newest last.
-create index messages_dead on pushpop.messages (topic, done_at) where done_at is not null and delete_at is null;
+create table pushpop.dead (
+  topic   text collate "C" not null,
+  died_at timestamptz not null,
+  id      uuid not null,
+  primary key (topic, died_at, id)
+);
 
 -- What is known of a topic beyond its messages. All of it is a hint that makes things
 -- fast: a topic without a row, or with one that nobody could update, works as well.
 create table pushpop.topics (
   topic        text collate "C" not null primary key,
 
-  -- No message lies before low, none will appear there without a row in pushpop.behind.
-  low_ready_at    timestamptz not null default '-infinity',
-  low_pushed_at   timestamptz not null default '-infinity',
-  -- At looked_at nothing free lay before front.
-  front_ready_at  timestamptz not null default '-infinity',
-  front_pushed_at timestamptz not null default '-infinity',
-  looked_at       timestamptz not null default '-infinity',
-  swept_at        timestamptz not null default '-infinity', -- last look at everything, low ignored
+  -- No run lies before low, and none will appear there without a row in pushpop.behind.
+  low          timestamptz not null default '-infinity',
+  looked_at    timestamptz not null default '-infinity', -- when low was moved last
+  swept_at     timestamptz not null default '-infinity', -- last look at everything, low ignored
 
   -- Every push stamped before sure_to has committed or never will. The next such time is
   -- checking_at, as soon as none of the transactions in checking_for is running any more.
-  sure_to         timestamptz not null default '-infinity',
-  checking_at     timestamptz not null default '-infinity',
-  checking_for    text[] not null default '{}',
+  sure_to      timestamptz not null default '-infinity',
+  checking_at  timestamptz not null default '-infinity',
+  checking_for text[] not null default '{}',
 
-  deleted_to      timestamptz not null default '-infinity', -- history due before it has been deleted
-  cleared_at      timestamptz not null default '-infinity', -- last look at the whole history
-  counted_to      timestamptz not null default '-infinity', -- counts before it are summed up
+  reclaimed_to timestamptz not null default '-infinity', -- leases that ended before it have been reclaimed
+  deleted_to   timestamptz not null default '-infinity', -- history due before it has been deleted
 
-  wanted_until    timestamptz not null default '-infinity', -- somebody waits for a message
-  wanted_by       uuid                                      -- who, if it is one client only
+  wanted_until timestamptz not null default '-infinity', -- somebody waits for a message
+  wanted_by    uuid                                      -- who, if it is one client only
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.2, autovacuum_vacuum_threshold = 200);
 
--- Messages that were pushed behind the front of their topic, with a time in the past.
--- A row commits with its message, so nothing can pass it unseen.
+-- Runs that were put behind the front of their topic: a time in the past, a released or expired
+-- lease. A row commits with its run, so nothing can pass it unseen.
 create table pushpop.behind (
-  topic     text collate "C" not null,
-  ready_at  timestamptz not null,
-  pushed_at timestamptz not null,
-  primary key (topic, ready_at, pushed_at)
+  ready_at timestamptz not null,
+  id       uuid not null,
+  topic    text collate "C" not null,
+  primary key (topic, ready_at, id)
 );
-
--- How many messages a topic has, as changes to be added up: a statement adds a row and waits for
--- no other. Upkeep sums up what has become certain; the sum stands at -infinity.
-create table pushpop.counts (
-  topic   text collate "C" not null,
-  at      timestamptz not null,
-  pid     integer not null,            -- of the server process: two may count at the same time
-  live    bigint not null default 0,   -- waiting or leased
-  leased  bigint not null default 0,   -- in state leased, expired or not
-  settled bigint not null default 0,   -- completed or discarded, and still stored
-  dead    bigint not null default 0,
-  primary key (topic, at, pid)
-) with (autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 1000);
 
 -- The migrations that made this schema; the newest row counts.
 create table pushpop.migrations (

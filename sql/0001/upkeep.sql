@@ -1,141 +1,210 @@
 -- Upkeep: done in bounded steps, by whichever client comes by.
 
--- Deletes up to max messages of a topic whose time in the history is over, and tidies up its
--- counts and marks. Returns how many it deleted: as many as max, and there may be more. Does
--- nothing while another client is at it.
-create function pushpop.upkeep(topic text, max integer default 1000) returns bigint
-language plpgsql security definer
-set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
-set jit = off
-set enable_bitmapscan = off
-set enable_sort = off
-set plan_cache_mode = force_generic_plan
-as $body$
-#variable_conflict use_column
-declare
-  moment  timestamptz := clock_timestamp();
-  known   record;
-  deleted bigint;
-  latest  timestamptz;
-begin
-  perform pushpop.check_topic(upkeep.topic);
-  if max is null or max not between 1 and 100000 then
-    perform pushpop.refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
-  elsif not pg_try_advisory_xact_lock(
-      hashtextextended(upkeep.topic, format('%I.messages', 'pushpop')::regclass::oid::bigint)) then
-    return 0;
-  end if;
-
-  perform pushpop.note_look(upkeep.topic, moment);
-  perform pushpop.sum_counts(upkeep.topic);
-
-  -- Once a minute from the beginning: a settle may have committed late.
-  select t.deleted_to, t.cleared_at into known from pushpop.topics t where t.topic = upkeep.topic;
-  if known.cleared_at between moment - interval '1 minute' and moment then
-    known.cleared_at := null;
-  else
-    known.cleared_at := moment;
-    known.deleted_to := '-infinity';
-  end if;
-
-  with due as materialized (
-    select m.id from pushpop.messages m
-    where m.topic = upkeep.topic and m.delete_at >= known.deleted_to and m.delete_at <= moment
-    order by m.delete_at
-    limit max
-    for update skip locked
-  ),
-  gone as (
-    delete from pushpop.messages m using due d where m.topic = upkeep.topic and m.id = d.id
-    returning m.delete_at
-  )
-  select count(*), max(g.delete_at) into deleted, latest from gone g;
-
-  if deleted > 0 then
-    insert into pushpop.counts (topic, at, pid, settled)
-    values (upkeep.topic, clock_timestamp(), pg_backend_pid(), -deleted)
-    on conflict (topic, at, pid) do update set settled = counts.settled + excluded.settled;
-  end if;
-  if deleted > 0 or known.cleared_at is not null then
-    update pushpop.topics t
-    set deleted_to = coalesce(latest, t.deleted_to),
-        cleared_at = case when deleted < max then coalesce(known.cleared_at, t.cleared_at) else t.cleared_at end
-    where t.topic = upkeep.topic;
-  end if;
-  return deleted;
-end
-$body$;
-
--- Adds the counts that are certain, with no earlier one to come, to their sum.
-create function pushpop.sum_counts(topic text) returns void
+-- Returns the messages of leases that ended, from up to max leases: to their old place, or to the
+-- dead when that was the last attempt. Returns how many. Waits for no row: what another
+-- transaction holds is looked at again a second later.
+create function pushpop.reclaim(topic text, moment timestamptz, max integer) returns bigint
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
-  known record;
+  known timestamptz;
+  lease record;
+  slot  record;
+  stuck boolean;
+  count bigint := 0;
 begin
-  select t.counted_to, t.sure_to into known from pushpop.topics t where t.topic = sum_counts.topic;
-  if not known.counted_to < known.sure_to then
-    return;
-  end if;
-
-  with certain as (
-    delete from pushpop.counts c
-    where c.topic = sum_counts.topic and c.at > '-infinity' and c.at >= known.counted_to and c.at < known.sure_to
-    returning c.live, c.leased, c.settled, c.dead
-  )
-  insert into pushpop.counts (topic, at, pid, live, leased, settled, dead)
-  select sum_counts.topic, '-infinity', 0, sum(c.live), sum(c.leased), sum(c.settled), sum(c.dead)
-  from certain c having count(*) > 0
-  on conflict (topic, at, pid) do update
-  set live = counts.live + excluded.live, leased = counts.leased + excluded.leased,
-      settled = counts.settled + excluded.settled, dead = counts.dead + excluded.dead;
-
-  update pushpop.topics t set counted_to = known.sure_to where t.topic = sum_counts.topic;
+  select t.reclaimed_to into known from pushpop.topics t where t.topic = reclaim.topic;
+  for lease in
+    select l.ctid as tid, l.key, l.ids, l.fences from pushpop.leases l
+    where l.topic = reclaim.topic and l.lease_until >= coalesce(known, '-infinity') and l.lease_until <= moment
+    order by l.lease_until limit max for update skip locked
+  loop
+    stuck := false;
+    for slot in
+      select u.id, u.fence
+      from unnest(lease.ids, lease.fences) with ordinality u(id, fence, slot)
+      cross join lateral (
+        select from pushpop.messages m
+        where m.topic = reclaim.topic and m.id = u.id and m.fence = u.fence - 1
+          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      ) m
+      where octet_length(lease.key) > 16 or not exists (
+        select from pushpop.leases l
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(u.slot::int2) || int4send(u.fence))
+      order by u.id
+    loop
+      perform from pushpop.messages m where m.topic = reclaim.topic and m.id = slot.id for update skip locked;
+      if not found then
+        stuck := true;
+      elsif pushpop.give_back(reclaim.topic, slot.id, slot.fence, 'expire', moment, null, 'the lease expired') then
+        count := count + 1;
+      end if;
+    end loop;
+    if stuck then
+      update pushpop.leases l set lease_until = moment + interval '1 second'
+      where l.topic = reclaim.topic and l.ctid = lease.tid;
+    else
+      delete from pushpop.leases l where l.topic = reclaim.topic and l.ctid = lease.tid;
+    end if;
+  end loop;
+  return count;
 end
 $body$;
 
--- Deletes up to max messages of a topic that wait, ready or delayed, and returns how many.
--- Leased ones stay, to be settled; so do the dead and the history.
-create function pushpop.purge(topic text, max integer default 10000) returns bigint
+-- Deletes up to max messages of a topic whose time in the history is over, reclaims leases that
+-- ended, and moves the marks of the topic. Returns how many it deleted: as many as max, and there
+-- may be more. Any number of clients may call it at the same time.
+create function pushpop.upkeep(topic text, max integer default 1000) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
-set enable_seqscan = off
 set jit = off
+set enable_seqscan = off
 set enable_bitmapscan = off
-set enable_sort = off
+set enable_material = off
+set random_page_cost = 0
+set cpu_tuple_cost = 0
+set cpu_operator_cost = 0
+set cpu_index_tuple_cost = 1
+set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  moment  timestamptz := clock_timestamp();
-  deleted bigint;
-  leased  bigint;
+  moment timestamptz := clock_timestamp();
+  known  pushpop.topics;
+  due cursor for
+    select h.ctid as tid, h.n, h.ids from pushpop.history h
+    where h.topic = upkeep.topic and h.delete_at >= known.deleted_to and h.delete_at <= moment
+    order by h.delete_at, h.id
+    for update skip locked;
+  batch   record;
+  batches tid[];
+  ids     uuid[];
+  want    integer := max;
+  counted bigint;
+begin
+  perform pushpop.check_topic(upkeep.topic);
+  if max is null or max not between 1 and 100000 then
+    perform pushpop.refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+
+  perform pushpop.reclaim(upkeep.topic, moment, max);
+  perform pushpop.note_look(upkeep.topic, moment);
+  known := pushpop.lock_topic(upkeep.topic);
+  if known.topic is null then
+    return 0;
+  end if;
+  -- Once a minute from the beginning: what was settled may have committed late.
+  if known.swept_at not between moment - interval '1 minute' and moment then
+    known.deleted_to := '-infinity';
+    known.reclaimed_to := '-infinity';
+    known.swept_at := moment;
+    -- The next pop that finds nothing has the marks behind it, too.
+  end if;
+
+  open due;
+  loop
+    fetch due into batch;
+    exit when not found;
+    batches := batches || batch.tid;
+    ids := ids || batch.ids;
+    want := want - batch.n;
+    exit when want <= 0;
+  end loop;
+  close due;
+
+  delete from pushpop.messages m
+  where m.topic = upkeep.topic and m.delete_at <= moment and m.ctid = any (array(
+    select m.tid from unnest(ids) u(id)
+    cross join lateral (
+      select m.ctid as tid from pushpop.messages m where m.topic = upkeep.topic and m.id = u.id offset 0
+    ) m));
+  get diagnostics counted = row_count;
+  delete from pushpop.history h where h.topic = upkeep.topic and h.ctid = any (batches);
+
+  update pushpop.topics t
+  set swept_at = known.swept_at,
+      -- A second of grace: what is due now may still be uncommitted.
+      deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
+      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
+        select l.lease_until from pushpop.leases l
+        where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to
+        order by l.lease_until limit 1)))
+  where t.topic = upkeep.topic;
+  return counted;
+end
+$body$;
+
+-- The topics in which upkeep has something to delete or to reclaim, up to max of them.
+create function pushpop.upkeep_due(max integer default 100) returns setof text
+language sql volatile security definer
+set search_path = pg_catalog, pg_temp
+set enable_seqscan = off
+set enable_bitmapscan = off
+as $body$
+  select n.topic from pushpop.topic_names() n(topic)
+  where exists (
+      select from pushpop.history h
+      where h.topic = n.topic and h.delete_at <= statement_timestamp() offset 0)
+    or exists (
+      select from pushpop.leases l
+      where l.topic = n.topic and l.lease_until <= statement_timestamp() offset 0)
+  limit max
+$body$;
+
+-- Deletes up to max messages of a topic that wait, ready or delayed, and returns how many; a
+-- run is deleted as a whole, so a few more. Leased ones stay, to be settled; so do the dead and
+-- the history.
+create function pushpop.purge(topic text, max integer default 10000) returns bigint
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_material = off
+set random_page_cost = 0
+set cpu_tuple_cost = 0
+set cpu_operator_cost = 0
+set cpu_index_tuple_cost = 1
+as $body$
+#variable_conflict use_column
+declare
+  waiting cursor for
+    select q.ctid as tid, q.n, q.ids from pushpop.runs q
+    where q.topic = purge.topic
+    order by q.ready_at, q.pushed_at, q.place, q.id
+    for update skip locked;
+  run     record;
+  whole   tid[];
+  ids     uuid[];
+  want    integer := max;
+  counted bigint;
 begin
   perform pushpop.check_topic(purge.topic);
   if max is null or max not between 1 and 100000 then
     perform pushpop.refuse(format('a purge deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
   end if;
 
-  with waiting as materialized (
-    select m.id, m.state from pushpop.messages m
-    where m.topic = purge.topic and m.done_at is null and (m.lease_until is null or m.lease_until <= moment)
-    order by m.ready_at, m.pushed_at
-    limit max
-    for update skip locked
-  ),
-  gone as (
-    delete from pushpop.messages m using waiting w where m.topic = purge.topic and m.id = w.id
-    returning w.state
-  )
-  select count(*), count(*) filter (where g.state = 'l') into deleted, leased from gone g;
+  open waiting;
+  loop
+    fetch waiting into run;
+    exit when not found;
+    whole := whole || run.tid;
+    ids := ids || run.ids;
+    want := want - run.n;
+    exit when want <= 0;
+  end loop;
+  close waiting;
 
-  if deleted > 0 then
-    insert into pushpop.counts (topic, at, pid, live, leased)
-    values (purge.topic, clock_timestamp(), pg_backend_pid(), -deleted, -leased)
-    on conflict (topic, at, pid) do update
-    set live = counts.live + excluded.live, leased = counts.leased + excluded.leased;
-  end if;
-  return deleted;
+  delete from pushpop.messages m
+  where m.topic = purge.topic and m.ctid = any (array(
+    select m.tid from unnest(ids) u(id)
+    cross join lateral (
+      select m.ctid as tid from pushpop.messages m where m.topic = purge.topic and m.id = u.id offset 0
+    ) m));
+  get diagnostics counted = row_count;
+  delete from pushpop.runs q where q.topic = purge.topic and q.ctid = any (whole);
+  perform pushpop.make_durable();
+  return counted;
 end
 $body$;

@@ -46,9 +46,7 @@ const GATE: &str = r#"read -r go && exec "$0" "$@" </dev/null >>log 2>&1"#;
 pub fn database_url(variable: &str) -> Result<(String, Option<Server>), Error> {
     match env::var(variable) {
         Ok(url) if !url.is_empty() => Ok((url, None)),
-        Err(env::VarError::NotUnicode(_)) => {
-            Err(Error::new(format!("{variable} is no valid Unicode")))
-        }
+        Err(env::VarError::NotUnicode(_)) => Err(Error::new(format!("{variable} is no valid Unicode"))),
         _ => {
             let server = Server::start()?;
             Ok((server.url(), Some(server)))
@@ -199,8 +197,7 @@ impl Server {
     }
 
     fn running(&self) -> Result<u32, Error> {
-        self.pid()
-            .ok_or_else(|| Error::new("the server is not running"))
+        self.pid().ok_or_else(|| Error::new("the server is not running"))
     }
 
     fn make_cluster(&mut self) -> Result<(), Error> {
@@ -342,9 +339,7 @@ impl Drop for Server {
 fn start_watchdog(account: Account) -> Result<(Child, PathBuf), Error> {
     // The path of a Unix socket has at most 103 bytes: `/pushpop-XXXXXX/.s.PGSQL.12345` is added.
     let bases = [env::temp_dir(), "/tmp".into(), "/var/tmp".into()];
-    let bases = bases
-        .iter()
-        .filter(|b| b.is_absolute() && b.as_os_str().len() <= 72);
+    let bases = bases.iter().filter(|b| b.is_absolute() && b.as_os_str().len() <= 72);
     let mut watchdog = account
         .shell(include_str!("watchdog.sh"))
         .arg("pushpop-watchdog")

@@ -29,24 +29,17 @@ pub(crate) fn bin_dir() -> Result<PathBuf, Error> {
     const VARIABLE: &str = "PUSHPOP_PG_BINDIR";
     if let Some(named) = env::var_os(VARIABLE).filter(|value| !value.is_empty()) {
         let named = PathBuf::from(named);
-        return fs::canonicalize(&named)
-            .ok()
-            .filter(|dir| holds_server(dir))
-            .ok_or_else(|| {
-                Error::new(format!(
-                    "no PostgreSQL server program found in {} ({VARIABLE}): {HOW_TO_GET_ONE}",
-                    named.display()
-                ))
-            });
+        return fs::canonicalize(&named).ok().filter(|dir| holds_server(dir)).ok_or_else(|| {
+            Error::new(format!(
+                "no PostgreSQL server program found in {} ({VARIABLE}): {HOW_TO_GET_ONE}",
+                named.display()
+            ))
+        });
     }
     candidates()
         .into_iter()
         .find(|dir| holds_server(dir))
-        .ok_or_else(|| {
-            Error::new(format!(
-                "no PostgreSQL server program found: {HOW_TO_GET_ONE}"
-            ))
-        })
+        .ok_or_else(|| Error::new(format!("no PostgreSQL server program found: {HOW_TO_GET_ONE}")))
 }
 
 fn holds_server(dir: &Path) -> bool {
@@ -101,9 +94,7 @@ impl Account {
             .iter()
             .find_map(|name| Some((id(&["-u", name])?, id(&["-g", name])?)))
             .map(|ids| Account(Some(ids)))
-            .ok_or_else(|| {
-                Error::new("root cannot run PostgreSQL, and no user postgres or nobody exists")
-            })
+            .ok_or_else(|| Error::new("root cannot run PostgreSQL, and no user postgres or nobody exists"))
     }
 
     /// Makes a command that runs `script` in a shell: under this account, and in a process group

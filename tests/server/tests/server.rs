@@ -20,10 +20,7 @@ const NOBODY: u32 = 65_534;
 #[test]
 fn takes_connections_by_tcp_and_by_unix_socket() {
     let server = Server::with(&[("max_connections", "17")]).unwrap();
-    assert_eq!(
-        server.url(),
-        format!("postgres://postgres@127.0.0.1:{}/postgres", server.port())
-    );
+    assert_eq!(server.url(), format!("postgres://postgres@127.0.0.1:{}/postgres", server.port()));
     TcpStream::connect((server.host(), server.port())).unwrap();
     assert_eq!(query(&server, "show max_connections"), "17");
     assert_eq!(query(&server, "show fsync"), "on");
@@ -151,17 +148,10 @@ fn takes_a_url_from_the_environment_or_starts_a_server() {
 #[test]
 fn says_how_to_get_a_server_where_there_is_none() {
     let empty = Scratch::new();
-    let output = empty
-        .hold(None)
-        .env("PUSHPOP_PG_BINDIR", &empty.0)
-        .output()
-        .unwrap();
+    let output = empty.hold(None).env("PUSHPOP_PG_BINDIR", &empty.0).output().unwrap();
     assert!(!output.status.success());
     let error = String::from_utf8(output.stderr).unwrap();
-    let start = format!(
-        "no PostgreSQL server program found in {}",
-        empty.0.display()
-    );
+    let start = format!("no PostgreSQL server program found in {}", empty.0.display());
     assert!(error.starts_with(&start), "{error}");
     assert!(error.contains("apt-get install postgresql"), "{error}");
     assert_eq!(error.lines().count(), 1);
@@ -170,9 +160,7 @@ fn says_how_to_get_a_server_where_there_is_none() {
 #[test]
 fn uses_another_directory_where_the_server_cannot_use_the_temporary_one() {
     let scratch = Scratch::new();
-    let private = scratch
-        .0
-        .join("a-name-that-is-too-long-for-a-unix-socket".repeat(3));
+    let private = scratch.0.join("a-name-that-is-too-long-for-a-unix-socket".repeat(3));
     fs::create_dir(&private).unwrap();
     let mut held = Held::start(scratch.hold(None).env("TMPDIR", &private));
     assert!(fs::read_dir(&private).unwrap().next().is_none());
@@ -197,12 +185,7 @@ fn leaves_nothing_when_its_program_panics() {
 
 #[test]
 fn leaves_nothing_of_the_shared_server() {
-    ends_and_leaves_nothing(
-        None,
-        &["shared"],
-        |held| drop(held.child.stdin.take()),
-        Some(0),
-    );
+    ends_and_leaves_nothing(None, &["shared"], |held| drop(held.child.stdin.take()), Some(0));
 }
 
 #[test]
@@ -250,12 +233,7 @@ fn leaves_nothing_when_its_program_is_killed_at_any_moment_of_the_start() {
 }
 
 /// Starts a program that holds a server, as `user`, ends it, and looks for what is left.
-fn ends_and_leaves_nothing(
-    user: Option<u32>,
-    args: &[&str],
-    end: impl FnOnce(&mut Held),
-    code: Option<i32>,
-) {
+fn ends_and_leaves_nothing(user: Option<u32>, args: &[&str], end: impl FnOnce(&mut Held), code: Option<i32>) {
     let scratch = Scratch::new();
     let mut held = Held::start(scratch.hold(user).args(args));
     assert!(!scratch.is_empty());
@@ -282,12 +260,7 @@ impl Held {
         let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.process_group(0).spawn().unwrap();
         let stdout = BufReader::new(child.stdout.take().unwrap());
-        let mut held = Held {
-            child,
-            stdout,
-            url: String::new(),
-            pids: Vec::new(),
-        };
+        let mut held = Held { child, stdout, url: String::new(), pids: Vec::new() };
         held.url = held.line();
         let pid = held.line().parse().unwrap();
         held.pids = pids(Path::new(&held.line()), &held.url, pid);
@@ -319,10 +292,7 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> Scratch {
-        let output = Command::new("mktemp")
-            .args(["-d", "/tmp/pushpop-test-XXXXXX"])
-            .output()
-            .unwrap();
+        let output = Command::new("mktemp").args(["-d", "/tmp/pushpop-test-XXXXXX"]).output().unwrap();
         let dir = PathBuf::from(String::from_utf8(output.stdout).unwrap().trim_end());
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o1777)).unwrap();
         Scratch(dir)
@@ -334,11 +304,7 @@ impl Scratch {
         let mut program = PathBuf::from(env!("CARGO_BIN_EXE_hold"));
         if user.is_some() {
             let copy = self.0.with_extension("hold");
-            let status = Command::new("cp")
-                .arg(&program)
-                .arg(&copy)
-                .status()
-                .unwrap();
+            let status = Command::new("cp").arg(&program).arg(&copy).status().unwrap();
             assert!(status.success());
             program = copy;
         }
@@ -399,11 +365,7 @@ fn pids(bin_dir: &Path, url: &str, postmaster: u32) -> Vec<u32> {
     let sql = "select pid from pg_stat_activity
                where backend_type in ('checkpointer', 'background writer', 'walwriter')";
     let mut pids = vec![postmaster];
-    pids.extend(
-        query_at(bin_dir, url, sql)
-            .lines()
-            .map(|pid| pid.parse::<u32>().unwrap()),
-    );
+    pids.extend(query_at(bin_dir, url, sql).lines().map(|pid| pid.parse::<u32>().unwrap()));
     assert_eq!(pids.len(), 4);
     pids
 }
@@ -423,12 +385,7 @@ fn living(pids: &[u32]) -> Vec<u32> {
 fn kill(signal: &str, target: &str) {
     let script = r#"kill -s "$0" -- "$1""#;
     let mut sh = Command::new("/bin/sh");
-    assert!(
-        sh.args(["-c", script, signal, target])
-            .status()
-            .unwrap()
-            .success()
-    );
+    assert!(sh.args(["-c", script, signal, target]).status().unwrap().success());
 }
 
 fn is_root() -> bool {

@@ -1,0 +1,344 @@
+//! How a queue is opened.
+
+use std::fmt;
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::config::Host;
+use postgres::tls::{MakeTlsConnect, TlsConnect};
+use postgres::{Config, NoTls, Socket};
+
+use crate::calls::Calls;
+use crate::engine::{Engine, Settings};
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::link::{Links, Open, Route, bury, open_with};
+use crate::observer::{Observer, Silent};
+use crate::queue::{Handle, Queue};
+use crate::schema::Schema;
+
+/// The settings of a [`Queue`], each with a default.
+///
+/// ```no_run
+/// # use std::time::Duration;
+/// # use pushpop_pg::Queue;
+/// # fn main() -> Result<(), pushpop_pg::Error> {
+/// let queue = Queue::builder()
+///     .pool_size(8)
+///     .lease(Duration::from_secs(60))
+///     .connect("postgres://localhost/app")?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+#[must_use]
+pub struct Builder {
+    pool_size: usize,
+    schema: String,
+    application_name: String,
+    connect_timeout: Duration,
+    operation_timeout: Duration,
+    poll_interval: Duration,
+    lease: Duration,
+    keep_settled: Duration,
+    max_attempts: Option<u16>,
+    max_payload: usize,
+    migrate: bool,
+    pooler: bool,
+    open: Arc<Open>,
+    observer: Arc<dyn Observer>,
+}
+
+impl Default for Builder {
+    fn default() -> Self {
+        Builder {
+            pool_size: 4,
+            schema: "pushpop".into(),
+            application_name: "pushpop".into(),
+            connect_timeout: Duration::from_secs(5),
+            operation_timeout: Duration::from_secs(30),
+            poll_interval: Duration::from_secs(1),
+            lease: Duration::from_secs(300),
+            keep_settled: Duration::from_secs(3600),
+            max_attempts: Some(25),
+            max_payload: limits::PAYLOAD,
+            migrate: true,
+            pooler: false,
+            open: open_with(NoTls),
+            observer: Arc::new(Silent),
+        }
+    }
+}
+
+impl Builder {
+    /// How many connections the queue has at most, beside the one that listens: 1 to 1,000.
+    /// Default: 4.
+    pub fn pool_size(mut self, connections: usize) -> Self {
+        self.pool_size = connections;
+        self
+    }
+
+    /// The schema in which everything lives: 1 to 63 bytes. Default: `pushpop`.
+    pub fn schema(mut self, name: impl Into<String>) -> Self {
+        self.schema = name.into();
+        self
+    }
+
+    /// The name by which the server knows the connections, unless the URL has one. Default:
+    /// `pushpop`.
+    pub fn application_name(mut self, name: impl Into<String>) -> Self {
+        self.application_name = name.into();
+        self
+    }
+
+    /// How long a connection may take to be opened, for each host: at least 100 ms. Default: 5 s.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.connect_timeout = timeout;
+        self
+    }
+
+    /// How long a call may take, whatever happens to the server or the network: at least 100 ms.
+    /// Default: 30 s.
+    pub fn operation_timeout(mut self, timeout: Duration) -> Self {
+        self.operation_timeout = timeout;
+        self
+    }
+
+    /// How often a waiting pop looks for itself, should a notification have been lost: at least
+    /// 10 ms. Default: 1 s.
+    pub fn poll_interval(mut self, interval: Duration) -> Self {
+        self.poll_interval = interval;
+        self
+    }
+
+    /// How long a popped message is its consumer's: 1 s to 24 h. Default: 5 min.
+    #[doc(alias = "visibility")]
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
+        self
+    }
+
+    /// How long completed and discarded messages are kept, to be found; zero deletes them when they
+    /// are settled. Default: 1 h.
+    #[doc(alias = "retention")]
+    pub fn keep_settled(mut self, time: Duration) -> Self {
+        self.keep_settled = time;
+        self
+    }
+
+    /// How often a message is tried that does not say so itself: 1 to 32,767, or `None` for no limit.
+    /// Default: 25.
+    pub fn max_attempts(mut self, most: impl Into<Option<u16>>) -> Self {
+        self.max_attempts = most.into();
+        self
+    }
+
+    /// How many bytes a payload may have, up to 256 MiB. Default: 16 MiB. Behind a
+    /// [pooler](Self::pooler) it cannot be more than that.
+    pub fn max_payload(mut self, bytes: usize) -> Self {
+        self.max_payload = bytes;
+        self
+    }
+
+    /// Whether to install or migrate the schema. Default: `true`. See
+    /// [`install_sql`](Self::install_sql).
+    pub fn migrate(mut self, yes: bool) -> Self {
+        self.migrate = yes;
+        self
+    }
+
+    /// How connections are encrypted: any connector for the `postgres` crate. Default: none, so
+    /// that `sslmode=require` fails.
+    pub fn tls<T>(mut self, connector: T) -> Self
+    where
+        T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
+        T::TlsConnect: Send,
+        T::Stream: Send,
+        <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
+    {
+        self.open = open_with(connector);
+        self
+    }
+
+    /// Whether the URL leads to a pooler in transaction mode, such as pgbouncer. The queue then uses
+    /// no named statements, no session settings and no notifications: waiting pops poll. Default:
+    /// `false`.
+    pub fn pooler(mut self, yes: bool) -> Self {
+        self.pooler = yes;
+        self
+    }
+
+    /// Who is told what the queue does. Default: nobody.
+    pub fn observer(mut self, observer: impl Observer) -> Self {
+        self.observer = Arc::new(observer);
+        self
+    }
+
+    /// The SQL that installs the schema, for those who migrate by other means. Run it once, as the
+    /// role that is to own the schema, in a database that has none of it.
+    ///
+    /// ```
+    /// let sql = pushpop_pg::Queue::builder().schema("jobs").install_sql();
+    /// assert!(sql.contains("create schema if not exists \"jobs\""));
+    /// ```
+    pub fn install_sql(&self) -> String {
+        Schema::new(&self.schema).install_sql()
+    }
+
+    /// Opens the queue at a URL, or with a connection string of keys and values.
+    ///
+    /// Blocks for as long as the connection, and the migration if there is one, take.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](crate::ErrorKind::Invalid) for a URL that is none, or a setting outside its limits.
+    /// [`Connection`](crate::ErrorKind::Connection), [`Denied`](crate::ErrorKind::Denied),
+    /// [`Schema`](crate::ErrorKind::Schema): with the cause.
+    pub fn connect(self, url: &str) -> Result<Queue> {
+        let config = url.parse::<Config>().map_err(|e| {
+            // The words of the parser may quote a part of the URL, and so the password.
+            let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
+            let safe = ["unexpected EOF", "invalid connection string"].iter().find(|s| cause.contains(**s));
+            Error::invalid(format!(
+                "the URL of the database cannot be read{}",
+                safe.map(|s| format!(": {s}")).unwrap_or_default()
+            ))
+            .during("connect", None)
+        })?;
+        self.connect_with(config)
+    }
+
+    /// Opens the queue with a configuration of the driver's: several hosts, `target_session_attrs`,
+    /// a password that stands in no URL.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`connect`](Self::connect).
+    pub fn connect_with(self, config: Config) -> Result<Queue> {
+        self.open_queue(config).map_err(|e| e.during("connect", None))
+    }
+
+    fn open_queue(self, mut config: Config) -> Result<Queue> {
+        self.check()?;
+        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
+            config.host("localhost");
+        }
+        if config.get_user().is_none() {
+            config.user(
+                &std::env::var("PGUSER")
+                    .or_else(|_| std::env::var("USER"))
+                    .unwrap_or_else(|_| "postgres".into()),
+            );
+        }
+        if config.get_application_name().is_none() && !self.pooler {
+            config.application_name(&self.application_name);
+        }
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(self.operation_timeout);
+        }
+        warn_of_plaintext(&config);
+        let schema = Schema::new(&self.schema);
+        let greeting = (!self.pooler).then(|| self.greeting());
+        let route = Arc::new(Route::new(&config, Arc::clone(&self.open), self.connect_timeout, greeting));
+        self.prepare(&route, &schema)?;
+
+        let settings = Settings {
+            pool_size: self.pool_size,
+            operation_timeout: self.operation_timeout,
+            poll_interval: self.poll_interval,
+            lease: self.lease,
+            keep_settled: self.keep_settled,
+            max_attempts: self.max_attempts,
+            max_payload: self.max_payload,
+            listens: !self.pooler,
+        };
+        let lease = settings.lease;
+        let links = Links { route, named_statements: !self.pooler };
+        let engine = Engine::new(settings, Calls::new(&schema), links, self.observer)?;
+        let keeper = Arc::clone(&engine);
+        let handle = Arc::new(Handle { engine });
+        thread::Builder::new()
+            .name("pushpop-keep".into())
+            .spawn(move || keeper.keep())
+            .map_err(|e| Error::connection(format!("cannot start a thread: {e}")))?;
+        Ok(Queue { handle, lease })
+    }
+
+    fn check(&self) -> Result<()> {
+        let tenth = Duration::from_millis(100);
+        limits::pool_size(self.pool_size)?;
+        limits::schema(&self.schema)?;
+        limits::at_least("the connect time-out", tenth, self.connect_timeout)?;
+        limits::at_least("the operation time-out", tenth, self.operation_timeout)?;
+        limits::at_least("the poll interval", Duration::from_millis(10), self.poll_interval)?;
+        limits::lease(self.lease)?;
+        limits::keep(self.keep_settled)?;
+        limits::max_payload(self.max_payload)?;
+        if self.pooler && self.max_payload > limits::PAYLOAD {
+            return Err(Error::invalid(
+                "behind a pooler payloads have at most 16 MiB: no session can be told otherwise",
+            ));
+        }
+        self.max_attempts.map_or(Ok(()), limits::max_attempts)
+    }
+
+    /// What every new session is told.
+    fn greeting(&self) -> String {
+        let millis = |time: Duration| time.as_millis().clamp(1, 2_000_000_000);
+        format!(
+            "set default_transaction_isolation = 'read committed';
+             set statement_timeout = {};
+             set lock_timeout = {};
+             set client_min_messages = warning;
+             set tcp_keepalives_idle = 30;
+             set tcp_keepalives_interval = 10;
+             set tcp_keepalives_count = 3;
+             set pushpop_pg.max_payload = {};
+             select pg_catalog.set_config(name, '10s', false) from pg_catalog.pg_settings
+             where name = 'client_connection_check_interval'",
+            millis(self.operation_timeout),
+            millis((self.operation_timeout / 4).min(Duration::from_secs(2))),
+            self.max_payload,
+        )
+    }
+
+    /// Connects once, before anything else: so that what is wrong is known at once.
+    fn prepare(&self, route: &Arc<Route>, schema: &Schema) -> Result<()> {
+        let deadline = Instant::now() + self.connect_timeout * 4 + self.operation_timeout;
+        let mut client = route.connect(deadline)?;
+        let (schema, migrate) = (schema.clone(), self.migrate);
+        crate::link::within(deadline, "pushpop-migrate", move || {
+            let prepared = schema.prepare(&mut client, migrate);
+            bury(client);
+            prepared
+        })
+    }
+}
+
+/// `sslmode=prefer`, the default, goes on without encryption when there is no connector.
+fn warn_of_plaintext(config: &Config) {
+    let remote = config.get_hosts().iter().any(|host| match host {
+        Host::Tcp(name) => !matches!(name.as_str(), "localhost" | "127.0.0.1" | "::1"),
+        #[cfg(unix)]
+        Host::Unix(_) => false,
+    });
+    if remote && config.get_ssl_mode() == postgres::config::SslMode::Prefer {
+        tracing::debug!("without Builder::tls connections are not encrypted");
+    }
+}
+
+impl fmt::Debug for Builder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder")
+            .field("pool_size", &self.pool_size)
+            .field("schema", &self.schema)
+            .field("connect_timeout", &self.connect_timeout)
+            .field("operation_timeout", &self.operation_timeout)
+            .field("poll_interval", &self.poll_interval)
+            .field("lease", &self.lease)
+            .field("keep_settled", &self.keep_settled)
+            .field("max_attempts", &self.max_attempts)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,312 @@
+//! The functions of the schema, as this crate calls them: their SQL, and the rows they return.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use postgres::Row;
+use postgres::types::Type;
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+use crate::link::Call;
+use crate::message::{Message, State};
+use crate::schema::Schema;
+use crate::topic::Stats;
+
+/// Every statement that the queue ever sends, apart from migrations and a caller's own.
+pub(crate) struct Calls {
+    pub(crate) push: Call,
+    pub(crate) push_many: Call,
+    pub(crate) pop: Call,
+    pub(crate) wait_for: Call,
+    pub(crate) settle_many: Call,
+    pub(crate) settle_in: Call,
+    pub(crate) find: Call,
+    pub(crate) peek: Call,
+    pub(crate) stats: Call,
+    pub(crate) topics: Call,
+    pub(crate) purge: Call,
+    pub(crate) upkeep: Call,
+    pub(crate) upkeep_due: Call,
+    pub(crate) listen: String,
+}
+
+/// Headers as an array of names and values in turn: no JSON to be read here.
+const HEADERS: &str = "case when headers is not null then array(\
+    select pg_catalog.unnest(array[h.key, h.value]) from pg_catalog.jsonb_each_text(headers) h) end";
+
+impl Calls {
+    pub(crate) fn new(schema: &Schema) -> Self {
+        let call = |name, sql: &str, types: &'static [Type]| Call { name, sql: schema.localize(sql), types };
+        let shown = format!(
+            "select id, payload, {HEADERS}, state, attempt, max_attempts, fence, pushed_at, ready_at, \
+             lease_until, done_at, delete_at, last_error from pushpop."
+        );
+        Calls {
+            push: call(
+                "push",
+                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::text::jsonb, $7, $8)",
+                &[
+                    Type::TEXT,
+                    Type::BYTEA,
+                    Type::UUID,
+                    Type::FLOAT8,
+                    Type::TIMESTAMPTZ,
+                    Type::TEXT,
+                    Type::INT4,
+                    Type::UUID,
+                ],
+            ),
+            push_many: call(
+                "push_many",
+                "select pushpop.push_many($1, $2, $3, $4, $5, $6::text[]::jsonb[], $7, $8)",
+                &[
+                    Type::TEXT,
+                    Type::UUID_ARRAY,
+                    Type::BYTEA_ARRAY,
+                    Type::FLOAT8_ARRAY,
+                    Type::TIMESTAMPTZ_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::UUID,
+                ],
+            ),
+            pop: call(
+                "pop",
+                &format!(
+                    "select id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, \
+                     pushed_at, ready_at, last_error from pushpop.pop($1, $2, $3)"
+                ),
+                &[Type::TEXT, Type::INT4, Type::FLOAT8],
+            ),
+            wait_for: call(
+                "wait_for",
+                "select ready, due_in from pushpop.wait_for($1, $2)",
+                &[Type::TEXT, Type::UUID],
+            ),
+            settle_many: call(
+                "settle_many",
+                "select place, result, lease_until from pushpop.settle_many($1, $2, $3, $4, $5, $6, $7, true)",
+                &[
+                    Type::TEXT,
+                    Type::UUID_ARRAY,
+                    Type::BYTEA_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::FLOAT8_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::FLOAT8,
+                ],
+            ),
+            settle_in: call(
+                "settle_in",
+                "select pushpop.settle_one($1, $2, $3, $4, null, null, $5)",
+                &[Type::TEXT, Type::UUID, Type::BYTEA, Type::TEXT, Type::FLOAT8],
+            ),
+            find: call("find", &format!("{shown}find($1, $2)"), &[Type::TEXT, Type::UUID]),
+            peek: call("peek", &format!("{shown}peek($1, $2)"), &[Type::TEXT, Type::INT4]),
+            stats: call(
+                "stats",
+                "select $1, at, ready, delayed, leased, settled, dead, oldest_ready_at from pushpop.stats($1)",
+                &[Type::TEXT],
+            ),
+            topics: call(
+                "topics",
+                "select n.topic, s.at, s.ready, s.delayed, s.leased, s.settled, s.dead, s.oldest_ready_at \
+                 from pushpop.topic_names() n(topic), pushpop.stats(n.topic) s",
+                &[],
+            ),
+            purge: call("purge", "select pushpop.purge($1)", &[Type::TEXT]),
+            upkeep: call("upkeep", "select pushpop.upkeep($1)", &[Type::TEXT]),
+            upkeep_due: call("upkeep_due", "select pushpop.upkeep_due()", &[]),
+            listen: format!("listen {}", schema.identifier()),
+        }
+    }
+}
+
+/// A message handed out: what a lease is made of.
+pub(crate) struct Grant {
+    pub(crate) message: Message,
+    pub(crate) token: Vec<u8>,
+    pub(crate) lease_until: OffsetDateTime,
+    /// When the pop was sent, by the local clock: the lease began no earlier.
+    pub(crate) asked: Instant,
+}
+
+impl Grant {
+    pub(crate) fn read(topic: &str, row: &Row, asked: Instant) -> Result<Self, postgres::Error> {
+        let lease_until = row.try_get(4)?;
+        Ok(Grant {
+            asked,
+            token: row.try_get(3)?,
+            lease_until,
+            message: Message {
+                topic: topic.to_owned(),
+                id: row.try_get(0)?,
+                payload: row.try_get(1)?,
+                headers: headers(row.try_get(2)?),
+                state: State::Leased { until: lease_until },
+                attempt: count(row.try_get(5)?),
+                max_attempts: limit(row.try_get(6)?),
+                fence: row.try_get(7)?,
+                pushed_at: row.try_get(8)?,
+                ready_at: row.try_get(9)?,
+                last_error: row.try_get(10)?,
+            },
+        })
+    }
+}
+
+impl Message {
+    pub(crate) fn read(topic: &str, row: &Row) -> Result<Self, postgres::Error> {
+        let ready_at: OffsetDateTime = row.try_get(8)?;
+        let lease_until: Option<OffsetDateTime> = row.try_get(9)?;
+        let done_at: Option<OffsetDateTime> = row.try_get(10)?;
+        let delete_at: Option<OffsetDateTime> = row.try_get(11)?;
+        let at = done_at.unwrap_or(ready_at);
+        let state = match row.try_get(3)? {
+            "leased" => State::Leased { until: lease_until.unwrap_or(ready_at) },
+            "delayed" => State::Delayed { until: ready_at },
+            "completed" => State::Completed { at, until: delete_at.unwrap_or(at) },
+            "discarded" => State::Discarded { at, until: delete_at.unwrap_or(at) },
+            "dead" => State::Dead { at },
+            _ => State::Ready,
+        };
+        Ok(Message {
+            topic: topic.to_owned(),
+            id: row.try_get(0)?,
+            payload: row.try_get(1)?,
+            headers: headers(row.try_get(2)?),
+            state,
+            attempt: count(row.try_get(4)?),
+            max_attempts: limit(row.try_get(5)?),
+            fence: row.try_get(6)?,
+            pushed_at: row.try_get(7)?,
+            ready_at,
+            last_error: row.try_get(12)?,
+        })
+    }
+}
+
+impl Stats {
+    pub(crate) fn read(row: &Row) -> Result<Self, postgres::Error> {
+        let figure = |i| -> Result<u64, postgres::Error> {
+            Ok(u64::try_from(row.try_get::<_, i64>(i)?).unwrap_or_default())
+        };
+        Ok(Stats {
+            topic: row.try_get(0)?,
+            at: row.try_get(1)?,
+            ready: figure(2)?,
+            delayed: figure(3)?,
+            leased: figure(4)?,
+            settled: figure(5)?,
+            dead: figure(6)?,
+            oldest_ready_at: row.try_get(7)?,
+        })
+    }
+}
+
+fn headers(pairs: Option<Vec<String>>) -> BTreeMap<String, String> {
+    let mut map = BTreeMap::new();
+    let mut pairs = pairs.unwrap_or_default().into_iter();
+    while let (Some(name), Some(value)) = (pairs.next(), pairs.next()) {
+        map.insert(name, value);
+    }
+    map
+}
+
+fn count(n: i32) -> u32 {
+    u32::try_from(n).unwrap_or_default()
+}
+
+fn limit(most: Option<i32>) -> Option<u16> {
+    most.and_then(|n| u16::try_from(n).ok())
+}
+
+/// Headers as the text of a JSON object; `None` if there are none.
+pub(crate) fn headers_json(headers: &BTreeMap<String, String>) -> Option<String> {
+    if headers.is_empty() {
+        return None;
+    }
+    let mut json = String::from("{");
+    for (name, value) in headers {
+        if json.len() > 1 {
+            json.push(',');
+        }
+        quote(name, &mut json);
+        json.push(':');
+        quote(value, &mut json);
+    }
+    json.push('}');
+    Some(json)
+}
+
+fn quote(text: &str, json: &mut String) {
+    json.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => json.push_str("\\\""),
+            '\\' => json.push_str("\\\\"),
+            c if c < ' ' => json.push_str(&format!("\\u{:04x}", c as u32)),
+            c => json.push(c),
+        }
+    }
+    json.push('"');
+}
+
+/// What the holder of a lease does with its message.
+#[derive(Clone, Debug)]
+pub(crate) enum Verb {
+    Complete,
+    Discard,
+    Defer(f64),
+    Release,
+    Fail(String),
+    Extend(f64),
+}
+
+impl Verb {
+    /// The word for it, as the functions of the schema take it.
+    pub(crate) fn word(&self) -> &'static str {
+        match self {
+            Verb::Complete => "complete",
+            Verb::Discard => "discard",
+            Verb::Defer(_) => "defer",
+            Verb::Release => "release",
+            Verb::Fail(_) => "fail",
+            Verb::Extend(_) => "extend",
+        }
+    }
+
+    pub(crate) fn delay(&self) -> Option<f64> {
+        match self {
+            Verb::Defer(seconds) | Verb::Extend(seconds) => Some(*seconds),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn error(&self) -> Option<&str> {
+        match self {
+            Verb::Fail(why) => Some(why),
+            _ => None,
+        }
+    }
+}
+
+/// A settle of one message, proved by its token.
+#[derive(Clone)]
+pub(crate) struct Settle {
+    pub(crate) id: Uuid,
+    pub(crate) token: Vec<u8>,
+    pub(crate) verb: Verb,
+}
+
+/// What became of a settle.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Settled,
+    Extended(OffsetDateTime),
+    /// Its lease was handed on, or settled otherwise.
+    Lost,
+    /// No such message is stored any more.
+    Gone,
+}

@@ -1,0 +1,139 @@
+//! The seam for instruments.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+/// Is told what a [`Queue`](crate::Queue) does: for metrics, traces, tests.
+///
+/// Every method has an empty default. They are called on the threads of the queue, in the middle of
+/// their work: they should return at once, and must not call the queue. A panic in one is caught and
+/// logged.
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering};
+/// use pushpop_pg::{Observer, Pushed};
+///
+/// #[derive(Default)]
+/// struct Counter(AtomicUsize);
+///
+/// impl Observer for Counter {
+///     fn pushed(&self, event: &Pushed<'_>) {
+///         self.0.fetch_add(event.count(), Ordering::Relaxed);
+///     }
+/// }
+/// ```
+pub trait Observer: Send + Sync + 'static {
+    /// Messages were pushed.
+    fn pushed(&self, event: &Pushed<'_>) {
+        let _ = event;
+    }
+
+    /// Messages were popped.
+    fn popped(&self, event: &Popped<'_>) {
+        let _ = event;
+    }
+
+    /// A message was settled, or its lease extended.
+    fn settled(&self, event: &Settled<'_>) {
+        let _ = event;
+    }
+
+    /// A statement was carried out for one or more callers.
+    fn flight(&self, event: &Flight<'_>) {
+        let _ = event;
+    }
+
+    /// A connection was opened in place of one that broke.
+    fn reconnected(&self) {}
+
+    /// A settle was refused, because the lease was lost.
+    fn lease_lost(&self, event: &LeaseLost<'_>) {
+        let _ = event;
+    }
+
+    /// Messages were popped for callers that were gone by then; they are released.
+    fn abandoned(&self, event: &Abandoned<'_>) {
+        let _ = event;
+    }
+}
+
+/// The observer that nobody asked for.
+pub(crate) struct Silent;
+
+impl Observer for Silent {}
+
+macro_rules! events {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub struct $name<'a> {
+            pub(crate) topic: &'a str,
+            $(pub(crate) $field: $type,)*
+        }
+
+        impl<'a> $name<'a> {
+            /// The topic.
+            pub fn topic(&self) -> &'a str {
+                self.topic
+            }
+
+            $($(#[$field_doc])*
+            pub fn $field(&self) -> $type {
+                self.$field
+            })*
+        }
+    )*};
+}
+
+events! {
+    /// Messages were pushed by one call.
+    Pushed {
+        /// How many were given to the call.
+        count: usize,
+        /// How many of them changed nothing, because their id was stored already.
+        duplicates: usize,
+    }
+
+    /// Messages were popped by one call.
+    Popped {
+        /// How many.
+        count: usize,
+    }
+
+    /// A message was settled.
+    Settled {
+        /// Its id.
+        id: Uuid,
+        /// `complete`, `discard`, `defer`, `release`, `fail` or `extend`.
+        outcome: &'static str,
+    }
+
+    /// A statement was carried out.
+    Flight {
+        /// `push`, `pop` or `settle`.
+        kind: &'static str,
+        /// How many callers shared it.
+        callers: usize,
+        /// How many messages it carried.
+        rows: usize,
+        /// How long it took, its commit included.
+        duration: Duration,
+        /// Whether it succeeded.
+        succeeded: bool,
+    }
+
+    /// A lease was lost.
+    LeaseLost {
+        /// The id of its message.
+        id: Uuid,
+        /// What was attempted: `complete`, `discard`, `defer`, `release`, `fail` or `extend`.
+        outcome: &'static str,
+    }
+
+    /// Messages were popped for nobody.
+    Abandoned {
+        /// How many.
+        count: usize,
+    }
+}

@@ -1,0 +1,180 @@
+//! The operator's side of a topic.
+
+use time::OffsetDateTime;
+
+use crate::error::{Error, Result};
+use crate::limits;
+use crate::message::Message;
+use crate::queue::Queue;
+
+/// One topic, as its operator sees it: figures, a look at what waits, a purge.
+///
+/// ```no_run
+/// # fn main() -> Result<(), pushpop_pg::Error> {
+/// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+/// let mail = queue.topic("mail");
+/// println!("{} ready", mail.stats()?.ready());
+/// for message in mail.peek(10)? {
+///     println!("{} since {}", message.id(), message.pushed_at());
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct Topic<'a> {
+    queue: &'a Queue,
+    name: &'a str,
+}
+
+/// Figures of a topic, as of [`at`](Self::at).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stats {
+    pub(crate) topic: String,
+    pub(crate) at: OffsetDateTime,
+    pub(crate) ready: u64,
+    pub(crate) delayed: u64,
+    pub(crate) leased: u64,
+    pub(crate) settled: u64,
+    pub(crate) dead: u64,
+    pub(crate) oldest_ready_at: Option<OffsetDateTime>,
+}
+
+impl Stats {
+    /// The topic.
+    pub fn topic(&self) -> &str {
+        &self.topic
+    }
+
+    /// When the figures were taken, by the server's clock.
+    pub fn at(&self) -> OffsetDateTime {
+        self.at
+    }
+
+    /// Messages that may be popped now.
+    pub fn ready(&self) -> u64 {
+        self.ready
+    }
+
+    /// Messages that may be popped later.
+    pub fn delayed(&self) -> u64 {
+        self.delayed
+    }
+
+    /// Messages that a consumer holds. Above 10,000 leases, those that were settled in a transaction
+    /// of their holder's count until they would have expired.
+    pub fn leased(&self) -> u64 {
+        self.leased
+    }
+
+    /// Messages that were completed or discarded, and are still stored.
+    pub fn settled(&self) -> u64 {
+        self.settled
+    }
+
+    /// Messages that are out of attempts.
+    pub fn dead(&self) -> u64 {
+        self.dead
+    }
+
+    /// How long the oldest ready message could have been popped.
+    pub fn oldest_ready_age(&self) -> Option<std::time::Duration> {
+        self.oldest_ready_at.map(|since| (self.at - since).try_into().unwrap_or_default())
+    }
+}
+
+impl Queue {
+    /// The operator's side of a topic. Sends nothing.
+    pub fn topic<'a>(&'a self, name: &'a str) -> Topic<'a> {
+        Topic { queue: self, name }
+    }
+
+    /// The figures of all topics in which a message is stored, in the order of their names.
+    ///
+    /// Its cost grows with the number of topics.
+    ///
+    /// # Errors
+    ///
+    /// Whatever is wrong with the connection.
+    pub fn topics(&self) -> Result<Vec<Stats>> {
+        self.call(|engine, link, deadline| {
+            let rows = link.run(deadline, &engine.calls.topics, &[])?;
+            rows.iter().map(|row| Stats::read(row).map_err(Error::from)).collect()
+        })
+        .map_err(|e| e.during("topics", None))
+    }
+}
+
+impl Topic<'_> {
+    /// The name of the topic.
+    pub fn name(&self) -> &str {
+        self.name
+    }
+
+    /// The figures of the topic, as of now. All are 0 if nothing is stored in it.
+    ///
+    /// # Errors
+    ///
+    /// [`Invalid`](crate::ErrorKind::Invalid) for a topic outside the limits; whatever is wrong with
+    /// the connection.
+    pub fn stats(&self) -> Result<Stats> {
+        let topic = self.checked("stats")?;
+        self.queue
+            .call(move |engine, link, deadline| {
+                let rows = link.run(deadline, &engine.calls.stats, &[&topic])?;
+                let row = rows.first().ok_or_else(Error::panicked)?;
+                Stats::read(row).map_err(Error::from)
+            })
+            .map_err(|e| e.during("stats", Some(self.name)))
+    }
+
+    /// The first `max` messages that wait, 1 to 1,000, in the order in which they will be popped:
+    /// ready ones, then delayed ones. Takes none of them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`stats`](Self::stats).
+    pub fn peek(&self, max: usize) -> Result<Vec<Message>> {
+        let topic = self.checked("peek")?;
+        limits::batch(max).map_err(|e| e.during("peek", Some(self.name)))?;
+        let most = i32::try_from(max).unwrap_or(i32::MAX);
+        self.queue
+            .call(move |engine, link, deadline| {
+                let rows = link.run(deadline, &engine.calls.peek, &[&topic, &most])?;
+                rows.iter().map(|row| Message::read(&topic, row).map_err(Error::from)).collect()
+            })
+            .map_err(|e| e.during("peek", Some(self.name)))
+    }
+
+    /// Deletes all messages that wait, ready and delayed, and returns how many. Leased ones stay, to
+    /// be settled; so do the dead and the history.
+    ///
+    /// Works in steps of about 10,000 messages, each with the operation time-out; what was deleted
+    /// before an error stays deleted.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`stats`](Self::stats).
+    pub fn purge(&self) -> Result<u64> {
+        let topic = self.checked("purge")?;
+        let mut total = 0;
+        loop {
+            let topic = topic.clone();
+            let deleted = self
+                .queue
+                .call(move |engine, link, deadline| {
+                    let rows = link.run(deadline, &engine.calls.purge, &[&topic])?;
+                    Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0)))
+                })
+                .map_err(|e| e.during("purge", Some(self.name)))?;
+            if deleted == 0 {
+                return Ok(total);
+            }
+            total += u64::try_from(deleted).unwrap_or_default();
+        }
+    }
+
+    fn checked(&self, operation: &'static str) -> Result<String> {
+        limits::topic(self.name).map_err(|e| e.during(operation, Some(self.name)))?;
+        Ok(self.name.to_owned())
+    }
+}

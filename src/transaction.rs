@@ -1,0 +1,82 @@
+//! A transaction of the caller's, on a connection of the queue's.
+
+use std::time::Instant;
+
+use postgres::Transaction;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::queue::Queue;
+
+impl Queue {
+    /// Runs `work` in a transaction, commits it, and tells the truth about that: `Ok` means that it
+    /// is committed. If `work` returns an error or panics, or a statement in it had failed, everything
+    /// is rolled back.
+    ///
+    /// Runs on the caller's thread, with a connection of the pool, for which it waits up to the
+    /// operation time-out. The statements themselves have no time-out. As long as it runs, the queue
+    /// has one connection less: with a pool of one, other calls wait.
+    ///
+    /// # Errors
+    ///
+    /// The error of `work`. [`Invalid`](crate::ErrorKind::Invalid) within an async runtime, whose
+    /// threads must not block. An error of the commit; it [is
+    /// indeterminate](Error::is_indeterminate) when its answer did not come.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), pushpop_pg::Error> {
+    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+    /// let lease = queue.pop("orders")?;
+    /// queue.transaction(|tx| {
+    ///     tx.execute("insert into shipped (id) values ($1)", &[&lease.id()])?;
+    ///     queue.push_in(tx, "mail", "shipped")?;
+    ///     lease.complete_in(tx)
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn transaction<R>(&self, work: impl FnOnce(&mut Transaction<'_>) -> Result<R>) -> Result<R> {
+        self.transact(work).map_err(|e| e.during("transaction", None))
+    }
+
+    fn transact<R>(&self, work: impl FnOnce(&mut Transaction<'_>) -> Result<R>) -> Result<R> {
+        if tokio::runtime::Handle::try_current().is_ok() {
+            return Err(Error::invalid("a transaction cannot run on a thread of an async runtime"));
+        }
+        let engine = self.engine();
+        let deadline = Instant::now() + engine.settings.operation_timeout;
+        let mut borrowed = engine.borrow_link(deadline)?;
+        // Until the end is known, nobody else gets this connection: it may be in a transaction.
+        let mut client = borrowed.link.take_client(deadline)?;
+        let result = run(&mut client, engine.settings.listens, work);
+        match result {
+            Ok(value) => {
+                borrowed.link.put_back(client);
+                Ok(value)
+            }
+            Err(e) => {
+                crate::link::bury(client);
+                Err(e)
+            }
+        }
+    }
+}
+
+fn run<R>(
+    client: &mut postgres::Client,
+    has_session: bool,
+    work: impl FnOnce(&mut Transaction<'_>) -> Result<R>,
+) -> Result<R> {
+    let mut tx = client.transaction()?;
+    if has_session {
+        tx.batch_execute("set local statement_timeout = 0; set local lock_timeout = 0")?;
+    }
+    let value = work(&mut tx)?;
+    // The driver's commit returns Ok for a transaction that a failed statement had aborted.
+    tx.batch_execute("select")?;
+    tx.commit().map_err(|e| {
+        let e = Error::from(e);
+        let unknown = e.kind() == ErrorKind::Connection;
+        e.indeterminate(unknown)
+    })?;
+    Ok(value)
+}
