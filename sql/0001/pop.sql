@@ -78,19 +78,15 @@ begin
   end if;
 
   if max = 1 then
+    select m.id, m.payload, m.headers, m.attempt + 1, m.max_attempts, m.fence + 1, m.pushed_at, m.ready_at, m.last_error
+    into id, payload, headers, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+    from pushpop.messages m where m.topic = pop.topic and m.id = ids[1];
     key := uuid_send(gen_random_uuid());
-    return query
-      with message as materialized (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
-        from pushpop.messages m where m.topic = pop.topic and m.id = ids[1]
-      ),
-      leased as (
-        insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
-        select pop.topic, key, until, 1, ids, array[m.fence + 1] from message m
-      )
-      select m.id, m.payload, m.headers, key || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1,
-             m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at, m.last_error
-      from message m;
+    insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
+    values (pop.topic, key, until, 1, ids, array[fence]);
+    token := key || '\x0001'::bytea || int4send(fence::integer);
+    lease_until := until;
+    return next;
   else
     return query
       with message as materialized (
@@ -127,17 +123,34 @@ language plpgsql
 as $body$
 #variable_conflict use_column
 declare
+  run   record;
+  whole tid[];
+  ids   uuid[];
+  want  integer := max;
   -- One row at a time: what is fetched is locked, and must be taken.
   front cursor for
     select q.ctid as tid, q.n, q.ids from pushpop.runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
-  run   record;
-  whole tid[];
-  ids   uuid[];
-  want  integer := max;
 begin
+  if max = 1 then
+    select q.ctid as tid, q.n, q.ids into run from pushpop.runs q
+    where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
+    order by q.ready_at, q.pushed_at, q.place, q.id
+    limit 1 for update skip locked;
+    if not found then
+      return null;
+    elsif run.n = 1 then
+      delete from pushpop.runs q where q.topic = take_runs.topic and q.ctid = run.tid;
+      return run.ids;
+    end if;
+    update pushpop.runs q
+    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+    where q.topic = take_runs.topic and q.ctid = run.tid;
+    return run.ids[1 : 1];
+  end if;
+
   open front;
   loop
     fetch front into run;

@@ -94,8 +94,8 @@ begin
 end
 $body$;
 
--- The clock is read within an insert, or under a lock, that marks this transaction as one whose
--- stamp may not be visible yet: see sure_to in pushpop.topics.
+-- The clock is read under a lock that marks this transaction as one whose stamp may not be visible
+-- yet: see sure_to in pushpop.topics. It is the lock that the insert takes anyway.
 
 -- Pushes a message and returns its id, and whether one with this id was still stored in the
 -- topic, which then stays as it is.
@@ -125,7 +125,9 @@ set enable_seqscan = off
 as $body$
 #variable_conflict use_column
 declare
-  stored record;
+  stamped timestamptz;
+  due     timestamptz;
+  known   record;
 begin
   perform pushpop.check_topic(push.topic), pushpop.check_payload(push.payload);
   if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
@@ -133,31 +135,24 @@ begin
   end if;
   pushed := coalesce(push.id, pushpop.new_id());
 
-  with message as (
-    insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
-    select push.topic, push.pushed, push.payload, push.headers, push.max_attempts, 1, stamp.now,
-           coalesce(push.ready_at, stamp.now + coalesce(push.delay, 0) * interval '1 second')
-    from (select clock_timestamp() as now offset 0) stamp
-    on conflict (topic, id) do nothing
-    returning id, ready_at, pushed_at
-  ),
-  run as (
-    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
-    select push.topic, m.ready_at, m.pushed_at, 1, 1, m.id, array[m.id] from message m
-  )
-  select m.ready_at, m.pushed_at, t.wanted_until, t.wanted_by into stored
-  from message m left join lateral (
-    select t.wanted_until, t.wanted_by from pushpop.topics t where t.topic = push.topic offset 0
-  ) t on true;
+  lock table pushpop.messages in row exclusive mode;
+  stamped := clock_timestamp();
+  due := coalesce(push.ready_at, stamped + coalesce(push.delay, 0) * interval '1 second');
+  insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+  values (push.topic, pushed, push.payload, push.headers, push.max_attempts, 1, stamped, due)
+  on conflict (topic, id) do nothing;
 
   duplicate := not found;
   if duplicate then
     perform pushpop.wait_for_duplicate();
   else
-    if push.ready_at is not null and stored.ready_at <= stored.pushed_at then
-      insert into pushpop.behind (topic, ready_at, id) values (push.topic, stored.ready_at, pushed) on conflict do nothing;
+    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
+    values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);
+    if push.ready_at is not null and due <= stamped then
+      insert into pushpop.behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
     end if;
-    if sender is null or (stored.wanted_until > stored.pushed_at and stored.wanted_by is distinct from sender) then
+    select t.wanted_until, t.wanted_by into known from pushpop.topics t where t.topic = push.topic;
+    if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push.topic);
     end if;
   end if;

@@ -165,39 +165,37 @@ as $body$
 #variable_conflict use_column
 declare
   lease_key bytea := substring(token from 1 for 16);
+  slot      integer;
   delivery  integer;
-  done      bigint;
 begin
   if octet_length(token) is distinct from 22 then
     return false;
   end if;
-  select l.fences[s.slot] into delivery
-  from pushpop.leases l, (select get_byte(token, 16) * 256 + get_byte(token, 17) as slot) s
-  where l.topic = settle_single.topic and l.key = lease_key and l.ids[s.slot] = settle_single.id
-    and int4send(l.fences[s.slot]) = substring(token from 19);
-  if not found then
+  slot := get_byte(token, 16) * 256 + get_byte(token, 17);
+  select l.fences[slot] into delivery from pushpop.leases l
+  where l.topic = settle_single.topic and l.key = lease_key and l.ids[slot] = settle_single.id;
+  if not found or int4send(delivery) is distinct from substring(token from 19) then
     return false;
   elsif keep > 0 then
-    with message as (
-      update pushpop.messages m
-      set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
-          done_at = moment, delete_at = moment + keep * interval '1 second'
-      where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
-        and m.state in ('p', 'd', 'r', 'f', 'e')
-      returning m.id, m.delete_at
-    )
-    insert into pushpop.history (topic, delete_at, id, n, ids)
-    select settle_single.topic, m.delete_at, m.id, 1, array[m.id] from message m;
+    update pushpop.messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+    if found then
+      insert into pushpop.history (topic, delete_at, id, n, ids)
+      values (settle_single.topic, moment + keep * interval '1 second', settle_single.id, 1, array[settle_single.id]);
+    end if;
   else
     delete from pushpop.messages m
     where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
       and m.state in ('p', 'd', 'r', 'f', 'e');
   end if;
-  get diagnostics done = row_count;
-  if done > 0 and tidy then
+  if found and tidy then
     perform pushpop.tidy_lease(settle_single.topic, lease_key, 1);
+    return true;
   end if;
-  return done > 0;
+  return found;
 end
 $body$;
 
