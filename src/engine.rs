@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,6 +25,9 @@ use crate::slot::{FlightId, Slot, Waited, lock};
 
 /// How many threads may hang on connections that do not answer, beside those that work.
 const STRAYS: usize = 16;
+
+/// How long a connection thread looks for more work before it goes to sleep.
+const SPIN: Duration = Duration::from_micros(100);
 
 /// How long a connection thread without work stays.
 const IDLE: Duration = Duration::from_secs(30);
@@ -133,6 +137,7 @@ struct State {
     flights: FlightId,
     threads: usize,
     idle: usize,
+    spinning: usize,
     strays: usize,
     /// Connections that fly, or that a caller's transaction has.
     in_use: usize,
@@ -154,6 +159,8 @@ pub(crate) struct Engine {
     route: Arc<Route>,
     pool: r2d2::Pool<Links>,
     state: Mutex<State>,
+    /// There is a flight to start, for a thread that has not gone to sleep yet.
+    hint: AtomicBool,
     /// There is a flight to start, or a connection free.
     work: Condvar,
     /// The keeper has something earlier to do.
@@ -184,6 +191,7 @@ impl Engine {
             observer,
             pool,
             state: Mutex::default(),
+            hint: AtomicBool::new(false),
             work: Condvar::new(),
             tick: Condvar::new(),
         }))
@@ -236,6 +244,10 @@ impl Engine {
 
     /// Makes sure that somebody takes the next flight.
     fn start(self: &Arc<Self>, state: &mut State) -> Result<()> {
+        if state.spinning > 0 {
+            self.hint.store(true, Ordering::Release);
+            return Ok(());
+        }
         if state.idle > 0 {
             self.work.notify_one();
             return Ok(());
@@ -288,6 +300,7 @@ impl Engine {
     }
 
     fn next_flight(self: &Arc<Self>) -> Option<(FlightId, Option<Key>, Load)> {
+        let mut rested = false;
         let mut state = lock(&self.state);
         loop {
             if state.in_use < self.settings.pool_size {
@@ -313,6 +326,20 @@ impl Engine {
             }
             if state.ended {
                 break;
+            }
+            if !rested {
+                // A caller that was just answered often asks again at once: not to be asleep then saves
+                // it a wake-up.
+                rested = true;
+                state.spinning += 1;
+                drop(state);
+                let until = Instant::now() + SPIN;
+                while !self.hint.swap(false, Ordering::Acquire) && Instant::now() < until {
+                    thread::yield_now();
+                }
+                state = lock(&self.state);
+                state.spinning -= 1;
+                continue;
             }
             state.idle += 1;
             let (guard, timeout) =
