@@ -94,21 +94,21 @@ impl Builder {
 
     /// How long a connection may take to be opened, for each host: at least 100 ms. Default: 5 s.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
-        self.connect_timeout = timeout;
+        self.connect_timeout = timeout.min(limits::FOREVER);
         self
     }
 
     /// How long a call may take, whatever happens to the server or the network: at least 100 ms.
     /// Default: 30 s.
     pub fn operation_timeout(mut self, timeout: Duration) -> Self {
-        self.operation_timeout = timeout;
+        self.operation_timeout = timeout.min(limits::FOREVER);
         self
     }
 
     /// How often a waiting pop looks for itself, should a notification have been lost: at least
     /// 10 ms. Default: 1 s.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
-        self.poll_interval = interval;
+        self.poll_interval = interval.min(limits::FOREVER);
         self
     }
 
@@ -235,7 +235,7 @@ impl Builder {
             config.application_name(&self.application_name);
         }
         if config.get_tcp_user_timeout().is_none() {
-            config.tcp_user_timeout(self.operation_timeout);
+            config.tcp_user_timeout(self.operation_timeout.min(Duration::from_secs(86_400)));
         }
         warn_of_plaintext(&config);
         let schema = Schema::new(&self.schema);

@@ -8,8 +8,10 @@ use postgres::types::ToSql;
 use uuid::Uuid;
 
 use crate::calls::{Grant, Settle, Verdict, headers_json};
-use crate::engine::{Engine, Outcome, PopJob, PushJob, SettleJob};
+use crate::crew::Outcome;
+use crate::engine::Engine;
 use crate::error::{Error, ErrorKind, Result};
+use crate::lane::{PopJob, PushJob, SettleJob};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
@@ -234,26 +236,12 @@ impl Flight<'_> {
         jobs.iter().map(|_| Err(error.clone())).collect()
     }
 
-    /// Runs a call; if the connection turns out to be broken, once more on a new one. All calls of
-    /// flights may be repeated.
     fn run(
         &mut self,
         call: impl Fn(&crate::calls::Calls) -> &Call,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<postgres::Row>> {
-        let call = call(&self.engine.calls);
-        let fresh = !self.link.is_open();
-        match self.link.run(self.deadline, call, params) {
-            Err(e) if e.kind() == ErrorKind::Connection && !fresh && Instant::now() < self.deadline => {
-                tracing::debug!("the connection broke, trying a new one: {e}");
-                let unknown = e.is_indeterminate();
-                let rows =
-                    self.link.run(self.deadline, call, params).map_err(|e| e.indeterminate(unknown))?;
-                self.engine.observe(|observer| observer.reconnected());
-                Ok(rows)
-            }
-            other => other,
-        }
+        self.link.run(self.deadline, call(&self.engine.calls), params)
     }
 }
 

@@ -2,9 +2,12 @@
 
 mod builder;
 mod calls;
+mod crew;
 mod engine;
 mod error;
 mod flight;
+mod keeper;
+mod lane;
 mod lease;
 mod limits;
 mod link;

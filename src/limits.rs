@@ -16,6 +16,9 @@ pub(crate) const PAYLOAD: usize = 16 << 20;
 const PAYLOAD_SETTABLE: usize = 256 << 20;
 const HEADERS: usize = 16 << 10;
 
+/// As good as for ever, and no clock overflows.
+pub(crate) const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
+
 /// About 7,900 years: the longest delay that ends before the year 10000.
 const DELAY: Duration = Duration::from_secs(250_000_000_000);
 

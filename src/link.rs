@@ -196,6 +196,8 @@ impl Call {
 pub(crate) struct Link {
     route: Arc<Route>,
     client: Option<Client>,
+    broke: bool,
+    renewed: bool,
     /// By the name of the call; `None` behind a transaction pooler.
     statements: Option<HashMap<&'static str, Statement>>,
 }
@@ -211,24 +213,42 @@ impl Link {
                 statements.clear();
             }
             self.client = Some(self.route.connect(deadline)?);
+            self.renewed |= std::mem::take(&mut self.broke);
         }
         self.client.as_mut().ok_or_else(|| Error::connection("not connected"))
     }
 
-    /// Whether there is a connection already.
-    pub(crate) fn is_open(&self) -> bool {
-        self.client.is_some()
+    /// Whether a connection was opened in place of one that broke, since this was asked last.
+    pub(crate) fn was_renewed(&mut self) -> bool {
+        std::mem::take(&mut self.renewed)
     }
 
-    /// Runs a call, and returns its rows.
+    /// Runs a call, and returns its rows. If the connection turns out to be broken, once more on a
+    /// new one: every call of the queue's may be repeated.
     pub(crate) fn run(
         &mut self,
         deadline: Instant,
         call: &Call,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
-        let result = self.try_run(deadline, call, params);
-        match result {
+        let fresh = self.client.is_none();
+        match self.run_once(deadline, call, params) {
+            Err(e) if e.breaks_connection() && !fresh && Instant::now() < deadline => {
+                tracing::debug!("the connection broke, trying a new one: {e}");
+                let unknown = e.is_indeterminate();
+                self.run_once(deadline, call, params).map_err(|e| e.indeterminate(unknown))
+            }
+            other => other,
+        }
+    }
+
+    fn run_once(
+        &mut self,
+        deadline: Instant,
+        call: &Call,
+        params: &[&(dyn ToSql + Sync)],
+    ) -> Result<Vec<Row>> {
+        let result = match self.try_run(deadline, call, params) {
             // The function was replaced meanwhile, or a pooler gave us another session.
             Err(e) if matches!(e.sqlstate(), Some("0A000" | "26000")) => {
                 if let Some(statements) = &mut self.statements {
@@ -237,12 +257,11 @@ impl Link {
                 self.try_run(deadline, call, params)
             }
             other => other,
+        };
+        if result.as_ref().is_err_and(Error::breaks_connection) {
+            self.discard();
         }
-        .inspect_err(|e| {
-            if e.breaks_connection() {
-                self.discard();
-            }
-        })
+        result
     }
 
     fn try_run(
@@ -286,6 +305,7 @@ impl Link {
             statements.clear();
         }
         if let Some(client) = self.client.take() {
+            self.broke = true;
             bury(client);
         }
     }
@@ -327,6 +347,8 @@ impl ManageConnection for Links {
         Ok(Link {
             route: Arc::clone(&self.route),
             client: None,
+            broke: false,
+            renewed: false,
             statements: self.named_statements.then(HashMap::new),
         })
     }

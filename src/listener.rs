@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use fallible_iterator::FallibleIterator;
 use postgres::Client;
 
-use crate::engine::{Engine, backoff};
+use crate::crew::backoff;
+use crate::engine::Engine;
 use crate::error::Result;
 use crate::link::{Route, bury};
 

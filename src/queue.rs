@@ -9,8 +9,9 @@ use uuid::Uuid;
 
 use crate::builder::Builder;
 use crate::calls::{Grant, Settle, Verb, Verdict};
-use crate::engine::{Engine, PopJob, PushJob, SettleJob, wait};
+use crate::engine::{Engine, wait};
 use crate::error::{Error, Result, SettleError};
+use crate::lane::{PopJob, PushJob, SettleJob};
 use crate::lease::Lease;
 use crate::limits;
 use crate::message::{Message, NewMessage};

@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::engine::{Engine, Task, wait};
+use crate::engine::{Engine, wait};
 use crate::error::{Error, Result};
+use crate::lane::Task;
 use crate::link::Link;
 use crate::queue::Queue;
 use crate::slot::{FlightId, Slot, lock};

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Task};
+use crate::engine::Engine;
 use crate::error::Result;
+use crate::lane::Task;
 use crate::link::Link;
 use crate::slot::FlightId;
 

@@ -94,12 +94,11 @@ begin
   if known.topic is null then
     return 0;
   end if;
-  -- Once a minute from the beginning: what was settled may have committed late.
-  if known.swept_at not between moment - interval '1 minute' and moment then
+  -- Once a minute from the beginning: a settle, or a pop, may have committed late.
+  if known.cleared_at not between moment - interval '1 minute' and moment then
     known.deleted_to := '-infinity';
     known.reclaimed_to := '-infinity';
-    known.swept_at := moment;
-    -- The next pop that finds nothing has the marks behind it, too.
+    known.cleared_at := moment;
   end if;
 
   open due;
@@ -123,7 +122,7 @@ begin
   delete from pushpop.history h where h.topic = upkeep.topic and h.ctid = any (batches);
 
   update pushpop.topics t
-  set swept_at = known.swept_at,
+  set cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (

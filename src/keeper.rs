@@ -1,0 +1,115 @@
+//! The keeper: the one thread that does what is due at a certain time.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::crew::Outcome;
+use crate::engine::Engine;
+use crate::error::{Error, ErrorKind};
+use crate::lane::State;
+use crate::slot::{FlightId, lock};
+
+impl Engine {
+    pub(crate) fn wake_keeper(&self, state: &mut State, at: Instant) {
+        if state.keeper_until.is_none_or(|until| at < until) {
+            state.keeper_until = Some(at);
+            self.tick.notify_one();
+        }
+    }
+
+    /// What has to be done at a certain time: looks for those that wait, overdue flights, upkeep.
+    pub(crate) fn keep(self: Arc<Self>) {
+        let minute = Duration::from_secs(60);
+        let everywhere = match self.settings.keep_settled {
+            Duration::ZERO => minute,
+            keep => keep.clamp(Duration::from_secs(1), minute),
+        };
+        let mut look_around = Instant::now() + everywhere;
+        let mut state = lock(&self.state);
+        while !state.ended {
+            let now = Instant::now();
+            let mut next = look_around;
+
+            let overdue: Vec<FlightId> = state
+                .airborne
+                .iter()
+                .filter(|(_, flight)| flight.since + self.patience() <= now)
+                .map(|(id, _)| *id)
+                .collect();
+            for id in overdue {
+                self.write_off(&mut state, id);
+            }
+            for flight in state.airborne.values() {
+                next = next.min(flight.since + self.patience());
+            }
+
+            let mut due = Vec::new();
+            for (key, lane) in &mut state.lanes {
+                match lane.look_at {
+                    Some(at) if at <= now && !lane.flying => {
+                        lane.look_at = None;
+                        lane.poll = !lane.signal;
+                        lane.signal = true;
+                        due.push(key.clone());
+                    }
+                    Some(at) if !lane.flying => next = next.min(at),
+                    _ => {}
+                }
+            }
+            for key in due {
+                state.list(&key);
+                let _ = self.start(&mut state);
+            }
+
+            let mut topics = Vec::new();
+            state.used.retain(|topic, at| {
+                let later = *at > now;
+                if later {
+                    next = next.min(*at);
+                } else {
+                    topics.push(Arc::clone(topic));
+                }
+                later
+            });
+            if look_around <= now {
+                look_around = now + everywhere;
+                next = next.min(look_around);
+                state.tasks.push_back(Box::new(crate::upkeep::Everywhere::new(&self)));
+                let _ = self.start(&mut state);
+            }
+            for topic in topics {
+                state.tasks.push_back(Box::new(crate::upkeep::Upkeep::new(&self, topic)));
+                let _ = self.start(&mut state);
+            }
+
+            state.keeper_until = Some(next);
+            let wait = next.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+            state = self.tick.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// How long a flight may take before it is written off.
+    pub(crate) fn patience(&self) -> Duration {
+        self.settings.operation_timeout + Duration::from_millis(100)
+    }
+
+    /// Gives a flight up for lost: others take its place.
+    pub(crate) fn write_off(self: &Arc<Self>, state: &mut State, id: FlightId) {
+        let Some(flight) = state.airborne.remove(&id) else { return };
+        tracing::warn!(
+            "a call has not been answered for {:?}; its connection is left behind",
+            self.settings.operation_timeout
+        );
+        state.in_use -= 1;
+        state.threads -= 1;
+        state.strays += 1;
+        if let Some(key) = &flight.key {
+            let error =
+                Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true);
+            self.release_lane(state, key, id, flight.waiting, &Outcome::failed(error));
+        }
+        if state.has_work() {
+            let _ = self.start(state);
+        }
+    }
+}
