@@ -48,6 +48,8 @@ pub enum ErrorKind {
     Schema,
     /// Any other error of the server's.
     Database,
+    /// An error of the caller's own: see [`Error::other`].
+    Other,
 }
 
 impl Error {
@@ -61,6 +63,23 @@ impl Error {
             indeterminate: false,
             source: None,
         }))
+    }
+
+    /// An error of the caller's own: to leave [`Queue::transaction`](crate::Queue::transaction)
+    /// without a commit.
+    ///
+    /// ```
+    /// use pushpop_pg::{Error, ErrorKind};
+    ///
+    /// let error = Error::other("out of stock");
+    /// assert_eq!(error.kind(), ErrorKind::Other);
+    /// assert_eq!(error.to_string(), "out of stock");
+    /// ```
+    pub fn other(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        let error = error.into();
+        let mut new = Self::new(ErrorKind::Other, error.to_string());
+        new.0.source = Some(Arc::from(error));
+        new
     }
 
     pub(crate) fn invalid(message: impl Into<String>) -> Self {

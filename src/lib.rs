@@ -1,4 +1,237 @@
-//! A PostgreSQL-backed message queue for threaded Rust programs.
+//! A PostgreSQL-backed blocking message queue for threaded Rust programs.
+//!
+//! ```no_run
+//! use pushpop_pg::Queue;
+//!
+//! let queue = Queue::connect("postgres://localhost/app")?;
+//! queue.push("mail", "hello")?;
+//!
+//! let lease = queue.pop("mail")?;
+//! println!("{} bytes", lease.payload().len());
+//! lease.complete()?;
+//! # Ok::<(), pushpop_pg::Error>(())
+//! ```
+//!
+//! # What is it?
+//!
+//! A *message* is any bytes, with an id, and headers if need be. It is pushed to a *topic*, a string that
+//! names one independent queue, and waits there until it is *ready*: at once, after a delay, or at a
+//! time. Whoever pops it holds a [`Lease`]: until its deadline nobody else gets the message. The holder
+//! settles it:
+//!
+//! | call | what becomes of the message | counts as an attempt |
+//! |---|---|---|
+//! | [`complete`](Lease::complete) | done; kept for a while, so that it can be found | |
+//! | [`discard`](Lease::discard) | of no further value; otherwise the same | |
+//! | [`defer`](Lease::defer) | popped again after a delay | no |
+//! | [`release`](Lease::release) | popped again at once, at its old place | no |
+//! | [`fail`](Lease::fail) | popped again after a backoff, or *dead* when out of attempts | yes |
+//! | nothing | popped again when the lease has expired, or dead when out of attempts | yes |
+//!
+//! Delivery is *at least once*: a consumer that dies, or takes longer than its lease, is not the last
+//! one to get the message. So make the work idempotent, or do it in the transaction that completes the
+//! message ([`Lease::complete_in`]), or let the system downstream refuse an older
+//! [`fence`](Message::fence). A lease that expired and was handed on cannot settle any more: the call says
+//! [`LeaseLost`](ErrorKind::LeaseLost), and changes nothing.
+//!
+//! Messages of a topic are handed out by the time at which they become ready, ties in the order of
+//! their pushes. One producer and one consumer see strict first in, first out.
+//!
+//! # How is a queue shared between threads?
+//!
+//! A [`Queue`] is `Clone`, `Send` and `Sync`. Borrow it within [`std::thread::scope`], or clone it: clones are
+//! the same queue, with the same connections. Calls of many threads share statements and commits:
+//! what piles up while one statement is under way travels in the next. So use one queue for all threads of a
+//! program, not one for each.
+//!
+//! # What blocks, and for how long?
+//!
+//! | call | waits for a message | returns within |
+//! |---|---|---|
+//! | [`push`](Queue::push), [`push_many`](Queue::push_many), settles, looks | | the operation time-out (30 s) |
+//! | [`try_pop`](Queue::try_pop) | no | the operation time-out |
+//! | [`pop_timeout`](Queue::pop_timeout), [`pop_many`](Queue::pop_many) | yes | its own time-out |
+//! | [`pop`](Queue::pop), [`iter`](Queue::iter) | yes | when there is one, or the queue is closed |
+//! | [`push_in`](Queue::push_in), [`complete_in`](Lease::complete_in), [`discard_in`](Lease::discard_in) | | what the caller's connection allows |
+//! | [`transaction`](Queue::transaction) | | the operation time-out for a connection, then as long as its closure |
+//!
+//! A caller never touches a socket: it waits for the queue's own threads, with a deadline. This holds even when
+//! the network or the server is frozen. [`Error::is_indeterminate`] then says whether the call may have
+//! taken effect. The last two rows are the exception: they run on the caller's thread.
+//!
+//! Waiting pops ride through restarts and failovers of the server: [`pop`](Queue::pop) and
+//! [`iter`](Queue::iter) for as long as it takes, [`pop_timeout`](Queue::pop_timeout) and
+//! [`pop_many`](Queue::pop_many) until their time-out, after which they return the error.
+//!
+//! A waiting pop is woken by a push of the same process at once, by one of another process through a
+//! notification, and when a delayed message is due. Should a notification be lost, the poll interval (1 s) is
+//! the longest that a message waits for a consumer that is there.
+//!
+//! # How many connections and threads does it use?
+//!
+//! | what | how many |
+//! |---|---|
+//! | connections that carry out calls | as many as calls need, up to [`pool_size`](Builder::pool_size) (4) |
+//! | the connection that listens | 1, from the first pop that has to wait on; none behind a [pooler](Builder::pooler) |
+//! | threads | one for each connection, one that keeps the time, and those of the pool |
+//!
+//! Plan with the pool and one more. A waiting pop holds no connection and sends no queries, so
+//! hundreds of waiting threads need no larger pool. [`Queue::transaction`] takes a connection of the pool for
+//! as long as it runs. A connection that does not answer any more is left behind with its thread, and
+//! another takes its place: after an outage there may be up to 16 more for a while.
+//!
+//! A session is told `statement_timeout` (the operation time-out), `lock_timeout` (a quarter of it, at most
+//! 2 s), `default_transaction_isolation = 'read committed'`, `client_min_messages`, and the server's
+//! keepalives, so that a client that vanished holds no locks for long. Within [`Queue::transaction`] both
+//! time-outs are off. Behind a pooler in transaction mode nothing of this is set.
+//!
+//! # How is it shut down?
+//!
+//! [`Queue::close`] ends waiting pops with [`Closed`](ErrorKind::Closed), and iterators. Pushes, pops
+//! and looks are refused from then on; leases that are held can still be settled. A message that was
+//! on its way to a pop that has ended is released at once, and loses no attempt.
+//!
+//! ```no_run
+//! # fn handle(_: &[u8]) {}
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+//! std::thread::scope(|scope| {
+//!     for _ in 0..4 {
+//!         scope.spawn(|| {
+//!             for lease in queue.iter("mail").flatten() {
+//!                 handle(lease.payload());
+//!                 if let Err(e) = lease.complete() {
+//!                     eprintln!("{e}");
+//!                 }
+//!             }
+//!         });
+//!     }
+//!     // Until somebody presses Enter.
+//!     std::io::stdin().read_line(&mut String::new())?;
+//!     queue.close();
+//!     Ok(())
+//! })
+//! # }
+//! ```
+//!
+//! When the last clone of a queue and its last lease are gone, its threads finish what they were given, and end
+//! with their connections. Nothing has to run elsewhere: what is left to do, such as leases that
+//! expire and history that is deleted, is done by whichever clients are there.
+//!
+//! # Does it work with an async runtime?
+//!
+//! It is a blocking library. From async code call it with the runtime's `spawn_blocking`, or from a thread
+//! of its own, and have waiting pops on threads of their own. [`Queue::transaction`] is refused on all threads of
+//! a runtime, those of `spawn_blocking` included: call it from a [`std::thread`].
+//!
+//! # What are the defaults?
+//!
+//! | setting | default | limit |
+//! |---|---|---|
+//! | [`lease`](Builder::lease), or [`with_lease`](Queue::with_lease) | 5 min | 1 s to 24 h |
+//! | [`pool_size`](Builder::pool_size) | 4, plus one that listens | 1 to 1,000 |
+//! | [`connect_timeout`](Builder::connect_timeout), for each host | 5 s | at least 100 ms |
+//! | [`operation_timeout`](Builder::operation_timeout) | 30 s | at least 100 ms |
+//! | [`poll_interval`](Builder::poll_interval) | 1 s | at least 10 ms |
+//! | [`keep_settled`](Builder::keep_settled) | 1 h | 0 (deleted when settled) to 7,900 years |
+//! | [`max_attempts`](Builder::max_attempts), or that of the [message](NewMessage::max_attempts) | 25 | 1 to 32,767, or none |
+//! | backoff after a [failure](Lease::fail) | 1 s, doubling to 1 h, less up to a quarter | |
+//! | [`schema`](Builder::schema) | `pushpop` | 1 to 63 bytes, not `pg_..`, no `$` |
+//! | [`application_name`](Builder::application_name) | `pushpop` | |
+//! | [`migrate`](Builder::migrate) | yes | |
+//! | [`tls`](Builder::tls) | none | |
+//! | [`pooler`](Builder::pooler) | no | |
+//!
+//! # Limits
+//!
+//! What is outside is refused before anything is sent or written, with an error that names the limit.
+//! The SQL functions check the same.
+//!
+//! | what | limit |
+//! |---|---|
+//! | topic | 1 to 255 bytes of UTF-8, no NUL |
+//! | payload | 16 MiB; up to 256 MiB by [`max_payload`](Builder::max_payload); may be empty |
+//! | headers of a message | 64, of 16 KiB together, no NUL |
+//! | messages and bytes in one [`push_many`](Queue::push_many) | 10,000 and 256 MiB |
+//! | messages in one [`pop_many`](Queue::pop_many) or [`peek`](Topic::peek) | 1 to 1,000 |
+//! | delay | 250,000,000,000 s, about 7,900 years |
+//! | [`ready_at`](NewMessage::ready_at) | years 2 to 9998 |
+//! | [`last_error`](Message::last_error) | 8,192 characters; longer ones are cut |
+//! | messages and bytes in one statement | 1,000 and 16 MiB, unless one call alone has more |
+//!
+//! # Which rights does it need?
+//!
+//! PostgreSQL 13 or newer; no extension, no superuser. To install or migrate: `connect`, and `create` on the
+//! database; afterwards the schema is owned by the role that did so. A role that only uses the queue:
+//!
+//! ```sql
+//! grant connect on database app to worker;
+//! grant usage on schema pushpop to worker;
+//! grant execute on all functions in schema pushpop to worker;
+//! ```
+//!
+//! It has no rights on the tables: the functions run with those of their owner. Grant again after a
+//! migration, which may bring new functions.
+//!
+//! # Which errors are there, and which are worth a retry?
+//!
+//! Empty is no error. [`Error::kind`] tells apart what a program may want to tell apart;
+//! [`Error::is_retryable`] says whether the same call may succeed later, and
+//! [`Error::is_indeterminate`] whether it may have taken effect already. Both a push of the same
+//! [`NewMessage`] and a settle of the same lease can be repeated: if the first one had succeeded, the second
+//! changes nothing. A settle that failed gives the lease back:
+//!
+//! ```no_run
+//! # use pushpop_pg::{Error, Lease};
+//! fn complete(mut lease: Lease) -> Result<(), Error> {
+//!     loop {
+//!         match lease.complete().map_err(|failed| failed.into_parts()) {
+//!             Ok(()) => return Ok(()),
+//!             Err((again, e)) if e.is_retryable() && !again.remaining().is_zero() => lease = again,
+//!             Err((_, e)) => return Err(e),
+//!         }
+//!     }
+//! }
+//! ```
+//!
+//! After an error of [`push_in`](Queue::push_in) or [`complete_in`](Lease::complete_in) the caller's transaction
+//! is aborted. The driver's `commit()` then returns `Ok` although the server has rolled back;
+//! [`Queue::transaction`] tells the truth.
+//!
+//! # What does it log?
+//!
+//! Events of [`tracing`](https://docs.rs/tracing), which go to [`log`](https://docs.rs/log) where no subscriber
+//! is set:
+//!
+//! | level | what |
+//! |---|---|
+//! | error | an [`Observer`] panicked |
+//! | warn | the server is lost, once for each outage; a call that was never answered is written off; no thread could be started |
+//! | info | the schema was installed or migrated; the server is back |
+//! | debug | upkeep that was put off, the listener's troubles, connections that broke and were replaced, releases |
+//!
+//! No payload, token or password stands in any of them. For figures see [`Queue::topics`],
+//! [`Topic::stats`] and [`Observer`].
+//!
+//! # How are schema and crate versions kept together?
+//!
+//! [`Queue::connect`] installs the schema or brings it up to date, under a lock, so that any number of processes may
+//! start at once. Those who migrate by other means run [`Builder::install_sql`] and say
+//! [`migrate(false)`](Builder::migrate).
+//!
+//! The schema records its version and the oldest release of this crate that it still serves. So in a rolling upgrade
+//! the first new process migrates, and the old ones go on. A crate accepts a newer schema that still
+//! serves it, and refuses any other with [`ErrorKind::Schema`]. A migration that ends the service for
+//! older releases is a breaking change, and named in the changelog.
+//!
+//! # Can other languages take part?
+//!
+//! Yes. The engine is a set of SQL functions, and this crate calls the same ones:
+//! `select * from pushpop.pop('mail')`. The README has their arguments, and examples for psql and Python.
+//!
+//! # Features
+//!
+//! * `json`: `NewMessage::json` and `Message::json`, by [serde](https://docs.rs/serde).
 
 mod builder;
 mod calls;
@@ -31,3 +264,8 @@ pub use queue::{Iter, Queue};
 pub use topic::{Stats, Topic};
 
 pub use {postgres, time, uuid};
+
+/// Compiles the examples of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -8,9 +8,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use postgres::config::Host;
 use postgres::tls::{MakeTlsConnect, TlsConnect};
-use postgres::types::{ToSql, Type};
+use postgres::types::{IsNull, ToSql, Type};
 use postgres::{Client, Config, Row, Socket, Statement, Transaction};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
@@ -179,6 +180,45 @@ pub(crate) struct Call {
     pub(crate) types: &'static [Type],
 }
 
+/// A parameter that the driver must not write into its log: it may be a payload or a token.
+struct Veiled<'a>(&'a (dyn ToSql + Sync));
+
+impl fmt::Debug for Veiled<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("..")
+    }
+}
+
+impl ToSql for Veiled<'_> {
+    fn to_sql(
+        &self,
+        ty: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        self.0.to_sql_checked(ty, out)
+    }
+
+    fn accepts(_: &Type) -> bool {
+        true
+    }
+
+    fn to_sql_checked(
+        &self,
+        ty: &Type,
+        out: &mut BytesMut,
+    ) -> Result<IsNull, Box<dyn std::error::Error + Sync + Send>> {
+        self.0.to_sql_checked(ty, out)
+    }
+}
+
+fn veil<'a>(params: &[&'a (dyn ToSql + Sync)]) -> Vec<Veiled<'a>> {
+    params.iter().map(|param| Veiled(*param)).collect()
+}
+
+fn typed<'a>(params: &'a [Veiled<'_>], types: &[Type]) -> Vec<(&'a (dyn ToSql + Sync), Type)> {
+    params.iter().zip(types).map(|(param, ty)| (param as _, ty.clone())).collect()
+}
+
 impl Call {
     /// Runs the call in a caller's transaction, on its thread.
     pub(crate) fn run_in(
@@ -186,8 +226,7 @@ impl Call {
         tx: &mut Transaction<'_>,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
-        let typed: Vec<_> = params.iter().copied().zip(self.types.iter().cloned()).collect();
-        Ok(tx.query_typed(&self.sql, &typed)?)
+        Ok(tx.query_typed(&self.sql, &typed(&veil(params), self.types))?)
     }
 }
 
@@ -274,9 +313,9 @@ impl Link {
         let Some(client) = &mut self.client else {
             return Err(Error::connection("not connected"));
         };
+        let veiled = veil(params);
         let Some(statements) = &mut self.statements else {
-            let typed: Vec<_> = params.iter().copied().zip(call.types.iter().cloned()).collect();
-            return client.query_typed(&call.sql, &typed).map_err(unanswered);
+            return client.query_typed(&call.sql, &typed(&veiled, call.types)).map_err(unanswered);
         };
         let statement = match statements.get(call.name) {
             Some(statement) => statement,
@@ -285,7 +324,8 @@ impl Link {
                 statements.entry(call.name).or_insert(prepared)
             }
         };
-        client.query(statement, params).map_err(unanswered)
+        let params: Vec<&(dyn ToSql + Sync)> = veiled.iter().map(|param| param as _).collect();
+        client.query(statement, &params).map_err(unanswered)
     }
 
     /// Takes the client away, connected.

@@ -108,8 +108,9 @@ impl Queue {
         Queue { handle: Arc::clone(&self.handle), lease }
     }
 
-    /// Ends waiting pops with [`Closed`](crate::ErrorKind::Closed), and iterators. Afterwards pushes
-    /// and pops are refused; leases that are held can still be settled.
+    /// Ends waiting pops with [`Closed`](crate::ErrorKind::Closed), and iterators. Afterwards pushes,
+    /// pops and transactions are refused; leases that are held can still be settled, and messages and
+    /// topics looked at. Returns at once; closing again does nothing.
     pub fn close(&self) {
         self.engine().close();
     }

@@ -107,6 +107,8 @@ impl Schema {
 
     fn migrate(&self, client: &mut Client) -> Result<()> {
         let mut tx = client.transaction()?;
+        // However long another process takes: the caller has a deadline of its own.
+        tx.batch_execute("set local lock_timeout = 0; set local statement_timeout = 0")?;
         // One at a time: concurrent `create .. if not exists` collide in the catalogs.
         tx.execute(
             "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 5706))",

@@ -43,9 +43,6 @@ impl Queue {
         work: impl FnOnce(&Engine, &mut Link, Instant) -> Result<T> + Send + 'static,
     ) -> Result<T> {
         let engine = self.engine();
-        if engine.is_closed() {
-            return Err(Error::closed());
-        }
         let deadline = Instant::now() + engine.settings.operation_timeout;
         let slot = Arc::new(Slot::new());
         engine.task(Box::new(Once {

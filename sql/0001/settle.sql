@@ -132,8 +132,10 @@ begin
   if tidy and settled is not null then
     perform pushpop.tidy_lease(settle_many.topic, k.key, k.used)
     from (
-      select substring(tokens[s.place] from 1 for 16) as key, count(*)::integer as used
-      from unnest(settled) s(place) group by 1 order by 1
+      select substring(u.token from 1 for 16) as key, count(*)::integer as used
+      from unnest(tokens) with ordinality u(token, place)
+      where cardinality(settled) = wanted or u.place = any (settled)
+      group by 1 order by 1
     ) k;
   end if;
   perform pushpop.make_durable();
