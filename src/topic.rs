@@ -110,7 +110,8 @@ impl Topic<'_> {
         self.name
     }
 
-    /// The figures of the topic, as of now. All are 0 if nothing is stored in it.
+    /// The figures of the topic, at most 2 s old: see [`Stats::at`]. All are 0 if nothing is stored in
+    /// it.
     ///
     /// # Errors
     ///

@@ -118,6 +118,18 @@ create table pushpop.behind (
   primary key (topic, ready_at, id)
 );
 
+-- Figures of topics that took long to take: shared by all who ask within two seconds.
+create table pushpop.figures (
+  at              timestamptz not null,
+  ready           bigint not null,
+  delayed         bigint not null,
+  leased          bigint not null,
+  settled         bigint not null,
+  dead            bigint not null,
+  oldest_ready_at timestamptz,
+  topic           text collate "C" not null primary key
+) with (fillfactor = 50);
+
 -- The migrations that made this schema; the newest row counts.
 create table pushpop.migrations (
   version      integer not null primary key,
