@@ -208,7 +208,7 @@ declare
   known   record;
 begin
   perform pushpop.check_topic(push_many.topic);
-  perform pushpop.check_arrays(wanted, array[cardinality(payloads), cardinality(delays), cardinality(ready_ats),
+  perform pushpop.check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
                                              cardinality(headers), cardinality(max_attempts)]);
   if array_position(ids, null) is not null then
     perform pushpop.refuse('an id is not null');

@@ -133,8 +133,8 @@ begin
     perform pushpop.tidy_lease(settle_many.topic, k.key, k.used)
     from (
       select substring(u.token from 1 for 16) as key, count(*)::integer as used
-      from unnest(tokens) with ordinality u(token, place)
-      where cardinality(settled) = wanted or u.place = any (settled)
+      from unnest(tokens, outcomes) with ordinality u(token, outcome, place)
+      where (cardinality(settled) = wanted or u.place = any (settled)) and u.outcome <> 'extend'
       group by 1 order by 1
     ) k;
   end if;
@@ -327,7 +327,9 @@ begin
 end
 $body$;
 
--- Notes that some messages of a lease are settled, and clears it away with the last.
+-- Notes that some messages of a lease are settled, and clears it away with the last. A message that
+-- is in no run is found again only through its lease: open must never be less than the number of
+-- those that are not settled, so each delivery may be counted once, by the statement that ended it.
 create function pushpop.tidy_lease(topic text, key bytea, used integer) returns void
 language plpgsql
 as $body$

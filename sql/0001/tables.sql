@@ -53,7 +53,7 @@ alter table pushpop.runs alter column ids set storage plain;
 -- write to the message: a row whose messages are all settled is garbage.
 create table pushpop.leases (
   lease_until timestamptz not null,
-  open        integer not null,  -- how many are not settled yet, or fewer; a hint
+  open        integer not null,  -- how many are not settled yet, or more; never fewer
   topic       text collate "C" not null,
   key         bytea not null,    -- the first 16 bytes of the tokens: random
   ids         uuid[] not null,
