@@ -69,8 +69,10 @@ impl Engine {
                             .collect(),
                         _ => Vec::new(),
                     };
+                    let since = Instant::now();
                     state.in_use += 1;
-                    state.airborne.insert(id, Airborne { key: key.clone(), since: Instant::now(), waiting });
+                    state.airborne.insert(id, Airborne { key: key.clone(), since, waiting });
+                    self.wake_keeper(&mut state, since + self.patience());
                     if state.has_work() {
                         // A failure to start another thread leaves the work to this one.
                         let _ = self.start(&mut state);

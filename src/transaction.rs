@@ -48,16 +48,12 @@ impl Queue {
         // Until the end is known, nobody else gets this connection: it may be in a transaction.
         let mut client = borrowed.link.take_client(deadline)?;
         let result = run(&mut client, engine.settings.listens, work);
-        match result {
-            Ok(value) => {
-                borrowed.link.put_back(client);
-                Ok(value)
-            }
-            Err(e) => {
-                crate::link::bury(client);
-                Err(e)
-            }
+        if result.as_ref().is_err_and(Error::is_indeterminate) || client.is_closed() {
+            crate::link::bury(client);
+        } else {
+            borrowed.link.put_back(client);
         }
+        result
     }
 }
 
