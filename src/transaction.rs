@@ -47,6 +47,11 @@ impl Queue {
         let mut borrowed = engine.borrow_link(deadline)?;
         // Until the end is known, nobody else gets this connection: it may be in a transaction.
         let mut client = borrowed.link.take_client(deadline)?;
+        // An idle connection may have died; better to know before the work begins.
+        if client.batch_execute("").is_err() {
+            crate::link::bury(client);
+            client = borrowed.link.take_client(deadline)?;
+        }
         let result = run(&mut client, engine.settings.listens, work);
         if result.as_ref().is_err_and(Error::is_indeterminate) || client.is_closed() {
             crate::link::bury(client);
