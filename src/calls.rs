@@ -20,7 +20,8 @@ pub(crate) struct Calls {
     pub(crate) pop: Call,
     pub(crate) wait_for: Call,
     pub(crate) settle_many: Call,
-    pub(crate) settle_in: Call,
+    pub(crate) complete: Call,
+    pub(crate) discard: Call,
     pub(crate) find: Call,
     pub(crate) peek: Call,
     pub(crate) stats: Call,
@@ -45,7 +46,7 @@ impl Calls {
         Calls {
             push: call(
                 "push",
-                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::text::jsonb, $7, $8)",
+                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::pg_catalog.text::pg_catalog.jsonb, $7, $8)",
                 &[
                     Type::TEXT,
                     Type::BYTEA,
@@ -59,7 +60,7 @@ impl Calls {
             ),
             push_many: call(
                 "push_many",
-                "select pushpop.push_many($1, $2, $3, $4, $5, $6::text[]::jsonb[], $7, $8)",
+                "select pushpop.push_many($1, $2, $3, $4, $5, $6::pg_catalog.text[]::pg_catalog.jsonb[], $7, $8)",
                 &[
                     Type::TEXT,
                     Type::UUID_ARRAY,
@@ -97,10 +98,15 @@ impl Calls {
                     Type::FLOAT8,
                 ],
             ),
-            settle_in: call(
-                "settle_in",
-                "select pushpop.settle_one($1, $2, $3, $4, null, null, $5)",
-                &[Type::TEXT, Type::UUID, Type::BYTEA, Type::TEXT, Type::FLOAT8],
+            complete: call(
+                "complete",
+                "select pushpop.complete($1, $2, $3, $4)",
+                &[Type::TEXT, Type::UUID, Type::BYTEA, Type::FLOAT8],
+            ),
+            discard: call(
+                "discard",
+                "select pushpop.discard($1, $2, $3, $4)",
+                &[Type::TEXT, Type::UUID, Type::BYTEA, Type::FLOAT8],
             ),
             find: call("find", &format!("{shown}find($1, $2)"), &[Type::TEXT, Type::UUID]),
             peek: call("peek", &format!("{shown}peek($1, $2)"), &[Type::TEXT, Type::INT4]),

@@ -163,7 +163,7 @@ impl Lease {
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost), so that what was done without the lease cannot
     /// be committed; any error of the server's.
     pub fn complete_in(&self, tx: &mut Transaction<'_>) -> Result<()> {
-        self.queue.settle_in(tx, self, Verb::Complete)
+        self.queue.settle_in(tx, self, &self.queue.engine.calls.complete)
     }
 
     /// Discards the message if the caller's transaction commits: see
@@ -173,7 +173,7 @@ impl Lease {
     ///
     /// Those of [`complete_in`](Self::complete_in).
     pub fn discard_in(&self, tx: &mut Transaction<'_>) -> Result<()> {
-        self.queue.settle_in(tx, self, Verb::Discard)
+        self.queue.settle_in(tx, self, &self.queue.engine.calls.discard)
     }
 
     /// Moves the deadline to `lease` from now, or leaves it where it is if that is later. A lease has

@@ -88,8 +88,8 @@
 //! # How is it shut down?
 //!
 //! [`Queue::close`] ends waiting pops with [`Closed`](ErrorKind::Closed), and iterators. Pushes, pops
-//! and looks are refused from then on; leases that are held can still be settled. A message that was
-//! on its way to a pop that has ended is released at once, and loses no attempt.
+//! and transactions are refused from then on; leases that are held can still be settled. A message that
+//! was on its way to a pop that has ended is released at once, and loses no attempt.
 //!
 //! ```no_run
 //! # fn handle(_: &[u8]) {}
@@ -120,9 +120,9 @@
 //!
 //! # Does it work with an async runtime?
 //!
-//! It is a blocking library. From async code call it with the runtime's `spawn_blocking`, or from a thread
-//! of its own, and have waiting pops on threads of their own. [`Queue::transaction`] is refused on all threads of
-//! a runtime, those of `spawn_blocking` included: call it from a [`std::thread`].
+//! It is a blocking library. From async code call it with the runtime's `spawn_blocking`, and have
+//! waiting pops on threads of their own. [`Queue::transaction`] is refused on all threads of a runtime, those
+//! of `spawn_blocking` included: call it from a [`std::thread`].
 //!
 //! # What are the defaults?
 //!
@@ -194,9 +194,9 @@
 //! }
 //! ```
 //!
-//! After an error of [`push_in`](Queue::push_in) or [`complete_in`](Lease::complete_in) the caller's transaction
-//! is aborted. The driver's `commit()` then returns `Ok` although the server has rolled back;
-//! [`Queue::transaction`] tells the truth.
+//! After an error of [`push_in`](Queue::push_in) or [`complete_in`](Lease::complete_in) the caller's
+//! transaction is aborted. The driver's `commit()` then returns `Ok` although the server has rolled back;
+//! [`Queue::transaction`] tells the truth. An error of your own, made by [`Error::other`], rolls it back.
 //!
 //! # What does it log?
 //!
@@ -215,14 +215,14 @@
 //!
 //! # How are schema and crate versions kept together?
 //!
-//! [`Queue::connect`] installs the schema or brings it up to date, under a lock, so that any number of processes may
-//! start at once. Those who migrate by other means run [`Builder::install_sql`] and say
+//! [`Queue::connect`] installs the schema or brings it up to date, under a lock, so that any number of
+//! processes may start at once. Those who migrate by other means run [`Builder::install_sql`] and say
 //! [`migrate(false)`](Builder::migrate).
 //!
-//! The schema records its version and the oldest release of this crate that it still serves. So in a rolling upgrade
-//! the first new process migrates, and the old ones go on. A crate accepts a newer schema that still
-//! serves it, and refuses any other with [`ErrorKind::Schema`]. A migration that ends the service for
-//! older releases is a breaking change, and named in the changelog.
+//! The schema records its version and the oldest release of this crate that it still serves. So in a
+//! rolling upgrade the first new process migrates, and the old ones go on. A crate accepts a newer schema
+//! that still serves it, and refuses any other with [`ErrorKind::Schema`]. A migration that ends the service
+//! for older releases is a breaking change, and named in the changelog.
 //!
 //! # Can other languages take part?
 //!

@@ -14,6 +14,7 @@ use crate::error::{Error, Result, SettleError};
 use crate::lane::{PopJob, PushJob, SettleJob};
 use crate::lease::Lease;
 use crate::limits;
+use crate::link::Call;
 use crate::message::{Message, NewMessage};
 use crate::slot::{Slot, Waited};
 
@@ -64,12 +65,12 @@ impl Handle {
         wait(&slot, Some(deadline))
     }
 
-    pub(crate) fn settle_in(&self, tx: &mut Transaction<'_>, lease: &Lease, verb: Verb) -> Result<()> {
-        let call = &self.engine.calls.settle_in;
+    /// Settles a lease in a caller's transaction, on its thread.
+    pub(crate) fn settle_in(&self, tx: &mut Transaction<'_>, lease: &Lease, call: &Call) -> Result<()> {
         let keep = self.engine.settings.keep_settled.as_secs_f64();
-        call.run_in(tx, &[&lease.topic(), &lease.id(), &lease.token(), &verb.word(), &keep])
+        call.run_in(tx, &[&lease.topic(), &lease.id(), &lease.token(), &keep])
             .map(drop)
-            .map_err(|e| e.during(verb.word(), Some(lease.topic())))
+            .map_err(|e| e.during(call.name, Some(lease.topic())))
     }
 }
 

@@ -53,12 +53,30 @@ impl Schema {
     /// The files are written for a schema named pushpop, and run as they are by psql.
     pub(crate) fn localize(&self, sql: &str) -> String {
         let identifier = self.identifier();
-        let mut text = sql
-            .replace("'pushpop'", "\u{0}")
-            .replace("schema pushpop", "\u{1}")
-            .replace("pushpop.", &format!("{identifier}."));
-        text = text.replace('\u{0}', &self.literal());
-        text.replace('\u{1}', &format!("schema {identifier}"))
+        // A comment ends with its line, and so would a name with a line break in it.
+        let without_comments: String;
+        let sql = if self.name.contains(char::is_control) {
+            without_comments =
+                sql.lines().flat_map(|line| [line.split("--").next().unwrap_or_default(), "\n"]).collect();
+            without_comments.as_str()
+        } else {
+            sql
+        };
+        let places = [
+            ("'pushpop'", self.literal()),
+            ("schema pushpop", format!("schema {identifier}")),
+            ("pushpop.", format!("{identifier}.")),
+        ];
+        // In one pass: the name may itself contain what is looked for.
+        let (mut text, mut rest) = (String::with_capacity(sql.len()), sql);
+        while let Some((at, (found, name))) =
+            places.iter().filter_map(|place| Some((rest.find(place.0)?, place))).min_by_key(|(at, _)| *at)
+        {
+            text.push_str(&rest[..at]);
+            text.push_str(name);
+            rest = &rest[at + found.len()..];
+        }
+        text + rest
     }
 
     /// Everything as one script, for those who migrate by other means.

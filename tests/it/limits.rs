@@ -1,0 +1,274 @@
+//! Bad input is refused before anything is written, in Rust and in SQL, by an error that names the
+//! limit.
+
+use std::time::Duration;
+
+use postgres::Client;
+use pushpop_pg::time::OffsetDateTime;
+use pushpop_pg::{Error, ErrorKind, NewMessage};
+
+use crate::world::{World, pop, stats};
+
+#[track_caller]
+fn assert_invalid(error: &Error, limit: &str) {
+    assert_eq!(error.kind(), ErrorKind::Invalid, "{error:?}");
+    assert!(!error.is_retryable() && !error.is_indeterminate());
+    assert!(error.to_string().contains(limit), "{error} does not name {limit}");
+}
+
+#[test]
+fn smoke() {
+    let world = World::new();
+    assert_invalid(&world.queue().push("", "m").unwrap_err(), "1 to 255 bytes");
+}
+
+#[test]
+fn topics_have_1_to_255_bytes() {
+    let world = World::new();
+    let queue = world.queue();
+    let longest = ["t".repeat(255), format!("{}t", "é".repeat(127))];
+    for topic in &longest {
+        queue.push(topic, "m").unwrap();
+        pop(&queue, topic).complete().unwrap();
+        assert_eq!(stats(&queue, topic).settled(), 1);
+    }
+    for topic in [String::new(), "t".repeat(256), "é".repeat(128)] {
+        let limit = "1 to 255 bytes";
+        assert_invalid(&queue.push(&topic, "m").unwrap_err(), limit);
+        assert_invalid(&queue.push_once(&topic, "m").unwrap_err(), limit);
+        assert_invalid(&queue.push_many(&topic, ["m"]).unwrap_err(), limit);
+        assert_invalid(&queue.try_pop(&topic).unwrap_err(), limit);
+        assert_invalid(&queue.pop(&topic).unwrap_err(), limit);
+        assert_invalid(&queue.pop_timeout(&topic, Duration::MAX).unwrap_err(), limit);
+        assert_invalid(&queue.pop_many(&topic, 1, Duration::MAX).unwrap_err(), limit);
+        assert_invalid(&queue.iter(&topic).next().unwrap().unwrap_err(), limit);
+        assert_invalid(&queue.find(&topic, NewMessage::new("").id()).unwrap_err(), limit);
+        assert_invalid(&queue.topic(&topic).stats().unwrap_err(), limit);
+        assert_invalid(&queue.topic(&topic).peek(1).unwrap_err(), limit);
+        assert_invalid(&queue.topic(&topic).purge().unwrap_err(), limit);
+        assert_invalid(&queue.transaction(|tx| queue.push_in(tx, &topic, "m")).unwrap_err(), limit);
+    }
+    assert_invalid(&queue.push("a\0b", "m").unwrap_err(), "NUL");
+}
+
+#[test]
+fn messages_have_limits() {
+    let world = World::new();
+    let queue = world.queue();
+    let m = || NewMessage::new("m");
+    let wide = |n: usize| (0..n).fold(m(), |m, i| m.header(format!("{i}"), ""));
+    let at = |year: i32| {
+        let date =
+            pushpop_pg::time::Date::from_calendar_date(year, pushpop_pg::time::Month::June, 1).unwrap();
+        m().ready_at(OffsetDateTime::new_utc(date, pushpop_pg::time::Time::MIDNIGHT))
+    };
+    let good = [
+        wide(64),
+        m().header("n", "v".repeat(16_383)),
+        m().delay(Duration::from_secs(250_000_000_000)),
+        at(2),
+        at(9998),
+        m().max_attempts(1),
+        m().max_attempts(32_767),
+    ];
+    for message in good {
+        let (id, due) = (message.id(), format!("{message:?}"));
+        queue.push("good", message).unwrap_or_else(|e| panic!("{due}: {e}"));
+        assert!(queue.find("good", id).unwrap().is_some());
+    }
+    let bad = [
+        ("64 headers", wide(65)),
+        ("16384 bytes", m().header("n", "v".repeat(16_384))),
+        ("NUL", m().header("a\0", "b")),
+        ("NUL", m().header("a", "\0b")),
+        ("250000000000 seconds", m().delay(Duration::MAX)),
+        ("250000000000 seconds", m().delay(Duration::from_secs(250_000_000_001))),
+        ("years", at(-100)),
+        ("years", at(9999)),
+        ("1 to 32767", m().max_attempts(0)),
+        ("1 to 32767", m().max_attempts(32_768)),
+    ];
+    for (limit, message) in bad {
+        assert_invalid(&queue.push("bad", message.clone()).unwrap_err(), limit);
+        assert_invalid(&queue.push_many("bad", [m(), message.clone()]).unwrap_err(), limit);
+        assert_invalid(&queue.transaction(|tx| queue.push_in(tx, "bad", message)).unwrap_err(), limit);
+    }
+    assert_invalid(&queue.push_many("bad", vec![""; 10_001]).unwrap_err(), "10000 messages");
+    assert!(queue.topics().unwrap().iter().all(|t| t.topic() != "bad"), "nothing was written");
+}
+
+#[test]
+fn pops_have_limits() {
+    let world = World::new();
+    let queue = world.queue();
+    let now = Duration::ZERO;
+    for max in [0, 1001, usize::MAX] {
+        assert_invalid(&queue.pop_many("t", max, now).unwrap_err(), "1 to 1000");
+        assert_invalid(&queue.topic("t").peek(max).unwrap_err(), "1 to 1000");
+    }
+    assert!(queue.pop_many("t", 1000, now).unwrap().is_empty());
+    for lease in [Duration::ZERO, Duration::from_millis(999), Duration::from_secs(86_401), Duration::MAX] {
+        let other = queue.with_lease(lease);
+        assert_invalid(&other.try_pop("t").unwrap_err(), "1 s to 24 h");
+        assert_invalid(&other.pop("t").unwrap_err(), "1 s to 24 h");
+    }
+    queue.push("t", "m").unwrap();
+    assert!(queue.with_lease(Duration::from_secs(86_400)).try_pop("t").unwrap().is_some());
+}
+
+#[test]
+fn settles_have_limits() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let mut lease = pop(&queue, "t");
+    for length in [Duration::ZERO, Duration::from_millis(999), Duration::from_secs(86_401), Duration::MAX] {
+        assert_invalid(&lease.extend(length).unwrap_err(), "1 s to 24 h");
+    }
+    let (lease, error) = lease.defer(Duration::MAX).unwrap_err().into_parts();
+    assert_invalid(&error, "250000000000 seconds");
+    lease.defer(Duration::from_secs(250_000_000_000)).unwrap();
+}
+
+#[test]
+fn a_reason_may_be_any_text() {
+    let world = World::new();
+    let queue = world.queue();
+    let long = "🦀".repeat(10_000);
+    for why in ["", "nul\0nul", "quo\"te '\\", long.as_str()] {
+        let id = queue.push(why.get(..3).unwrap_or("t"), NewMessage::new("m").max_attempts(1)).unwrap();
+        let topic = why.get(..3).unwrap_or("t");
+        pop(&queue, topic).fail(why).unwrap();
+        let found = queue.find(topic, id).unwrap().unwrap();
+        let expected: String = why.replace('\0', "\u{fffd}").chars().take(8192).collect();
+        assert_eq!(found.last_error(), Some(expected.as_str()));
+    }
+}
+
+/// Runs a call that must be refused with these words; says what happened instead.
+fn refused(client: &mut Client, call: &str, limit: &str) -> Option<String> {
+    let Err(error) = client.query(call, &[]) else { return Some(format!("{call}: accepted")) };
+    let db = error.as_db_error().unwrap();
+    let right = db.code().code() == "22023" && db.message().contains(limit);
+    (!right).then(|| format!("{call}: {} ({}) instead of {limit}", db.message(), db.code().code()))
+}
+
+#[test]
+fn sql_has_the_same_limits() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("leased", "m").unwrap();
+    let lease = pop(&queue, "leased");
+    let mut client = world.client();
+    let id = "'67e55044-10b1-426f-9247-bb680e5fe0c8'";
+    let token = "'\\x00'";
+    let ids = format!("array[{id}::uuid]");
+    let many_headers = "(select jsonb_object_agg(i::text, '') from generate_series(1, 65) i)";
+    let calls = [
+        ("1 to 255 bytes", "push('', 'x')".to_owned()),
+        ("1 to 255 bytes", "push(null, 'x')".to_owned()),
+        ("1 to 255 bytes", "push(repeat('é', 128), 'x')".to_owned()),
+        ("not null", "push('t', null)".to_owned()),
+        ("16777216", "push('t', convert_to(repeat('x', 16777217), 'UTF8'))".to_owned()),
+        ("seconds", "push('t', 'x', delay => -1)".to_owned()),
+        ("seconds", "push('t', 'x', delay => 'NaN')".to_owned()),
+        ("seconds", "push('t', 'x', delay => 'infinity')".to_owned()),
+        ("seconds", "push('t', 'x', delay => 250000000001)".to_owned()),
+        ("years", "push('t', 'x', ready_at => 'infinity')".to_owned()),
+        ("years", "push('t', 'x', ready_at => '-infinity')".to_owned()),
+        ("years", "push('t', 'x', ready_at => '0044-03-15 BC')".to_owned()),
+        ("not both", "push('t', 'x', delay => 1, ready_at => now())".to_owned()),
+        ("32767", "push('t', 'x', max_attempts => 0)".to_owned()),
+        ("32767", "push('t', 'x', max_attempts => 32768)".to_owned()),
+        ("32767", "push('t', 'x', max_attempts => -1)".to_owned()),
+        ("object", "push('t', 'x', headers => '[]')".to_owned()),
+        ("object", "push('t', 'x', headers => '1')".to_owned()),
+        ("object", "push('t', 'x', headers => 'null')".to_owned()),
+        ("object", "push('t', 'x', headers => '{\"a\": 1}')".to_owned()),
+        ("object", "push('t', 'x', headers => '{\"a\": null}')".to_owned()),
+        ("64", format!("push('t', 'x', headers => {many_headers})")),
+        ("16384", "push('t', 'x', headers => jsonb_build_object('n', repeat('v', 16384)))".to_owned()),
+        ("1 to 255 bytes", format!("push_many('', {ids}, array['x'::bytea])")),
+        ("1 to 10000", "push_many('t', '{}', '{}')".to_owned()),
+        ("1 to 10000", "push_many('t', null, null)".to_owned()),
+        (
+            "1 to 10000",
+            "push_many('t', array(select gen_random_uuid() from generate_series(1, 10001)), array_fill('x'::bytea, '{10001}'))"
+                .to_owned(),
+        ),
+        ("same length", format!("push_many('t', {ids}, array['x', 'y']::bytea[])")),
+        ("same length", format!("push_many('t', {ids}, null)")),
+        ("same length", format!("push_many('t', {ids}, array['x'::bytea], delays => '{{}}')")),
+        ("same length", format!("push_many('t', {ids}, array['x'::bytea], max_attempts => '{{1,2}}')")),
+        ("not null", "push_many('t', array[null::uuid], array['x'::bytea])".to_owned()),
+        ("not null", format!("push_many('t', {ids}, array[null::bytea])")),
+        ("16777216", format!("push_many('t', {ids}, array[convert_to(repeat('x', 16777217), 'UTF8')])")),
+        ("seconds", format!("push_many('t', {ids}, array['x'::bytea], delays => '{{-1}}')")),
+        ("32767", format!("push_many('t', {ids}, array['x'::bytea], max_attempts => '{{0}}')")),
+        ("object", format!("push_many('t', {ids}, array['x'::bytea], headers => array['[]'::jsonb])")),
+        ("years", format!("push_many('t', {ids}, array['x'::bytea], ready_ats => '{{infinity}}')")),
+        (
+            "not both",
+            format!("push_many('t', {ids}, array['x'::bytea], delays => '{{1}}', ready_ats => array[now()])"),
+        ),
+        ("1 to 255 bytes", "pop('')".to_owned()),
+        ("1 to 255 bytes", "pop(null)".to_owned()),
+        ("1 to 1000", "pop('t', 0)".to_owned()),
+        ("1 to 1000", "pop('t', 1001)".to_owned()),
+        ("1 to 1000", "pop('t', null)".to_owned()),
+        ("1 to 86400", "pop('t', 1, 0.5)".to_owned()),
+        ("1 to 86400", "pop('t', 1, 86401)".to_owned()),
+        ("1 to 86400", "pop('t', 1, 'NaN')".to_owned()),
+        ("1 to 86400", "pop('t', 1, null)".to_owned()),
+        ("1 to 255 bytes", format!("complete('', {id}, {token})")),
+        ("seconds", format!("complete('t', {id}, {token}, -1)")),
+        ("seconds", format!("complete('t', {id}, {token}, 'NaN')")),
+        ("seconds", format!("complete('t', {id}, {token}, null)")),
+        ("seconds", format!("defer('t', {id}, {token}, -1)")),
+        ("seconds", format!("defer('t', {id}, {token}, null)")),
+        ("seconds", format!("defer('t', {id}, {token}, 'NaN')")),
+        ("seconds", format!("fail('t', {id}, {token}, 'why', 'infinity')")),
+        ("1 to 86400", format!("extend('t', {id}, {token}, 0)")),
+        ("1 to 86400", format!("extend('t', {id}, {token}, null)")),
+        ("1 to 10000", "settle_many('t', '{}', '{}', '{}')".to_owned()),
+        ("same length", format!("settle_many('t', {ids}, '{{}}', '{{}}')")),
+        ("one of", format!("settle_many('t', {ids}, array[{token}::bytea], '{{explode}}')")),
+        ("1 to 255 bytes", format!("find('', {id})")),
+        ("1 to 255 bytes", "peek('')".to_owned()),
+        ("1 to 1000", "peek('t', 0)".to_owned()),
+        ("1 to 255 bytes", "stats('')".to_owned()),
+        ("1 to 255 bytes", "wait_for('')".to_owned()),
+        ("1 to 255 bytes", "upkeep('')".to_owned()),
+        ("1 to 100000", "upkeep('t', 0)".to_owned()),
+        ("1 to 255 bytes", "purge('')".to_owned()),
+        ("1 to 100000", "purge('t', null)".to_owned()),
+    ];
+    let wrong: Vec<String> = calls
+        .iter()
+        .filter_map(|(limit, call)| {
+            refused(&mut client, &world.sql(&format!("select pushpop.{call}")), limit)
+        })
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    let topics = queue.topics().unwrap();
+    assert_eq!(topics.iter().map(|t| t.topic()).collect::<Vec<_>>(), ["leased"], "nothing was written");
+    lease.complete().unwrap();
+}
+
+#[test]
+fn sql_takes_nonsense_for_a_token_as_lost() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let lease = pop(&queue, "t");
+    let mut client = world.client();
+    let sql = world.sql("select pushpop.complete('t', $1, $2)");
+    let other = vec![7_u8; 22];
+    for token in [&[][..], &[0; 15], &[0; 16], &[0xff; 22], &other, &[1; 1000]] {
+        let error = client.query(&sql, &[&lease.id(), &token]).unwrap_err();
+        assert_eq!(error.code().unwrap().code(), "PP001", "{token:?}");
+    }
+    let error = client.query(&sql, &[&lease.id(), &None::<Vec<u8>>]).unwrap_err();
+    assert!(error.as_db_error().is_some());
+    lease.complete().unwrap();
+}

@@ -1,0 +1,264 @@
+//! Pushes and settles in the caller's own transaction.
+
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
+
+use pushpop_pg::{Error, ErrorKind, NewMessage, State};
+
+use crate::world::{SOON, World, drain, pop, stats, text, until};
+
+#[test]
+fn smoke() {
+    let world = World::new();
+    let queue = world.queue();
+    let id = queue.transaction(|tx| queue.push_in(tx, "t", "m")).unwrap();
+    let lease = pop(&queue, "t");
+    assert_eq!(lease.id(), id);
+    queue.transaction(|tx| lease.complete_in(tx)).unwrap();
+    assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Completed { .. }));
+}
+
+#[test]
+fn a_push_joins_the_callers_transaction() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    client.batch_execute(&world.sql("create table pushpop.effects (n int)")).unwrap();
+
+    let mut tx = client.transaction().unwrap();
+    tx.execute(&world.sql("insert into pushpop.effects values (1)"), &[]).unwrap();
+    let message = NewMessage::new("m").header("k", "v").max_attempts(2);
+    let id = queue.push_in(&mut tx, "t", message).unwrap();
+    assert!(queue.try_pop("t").unwrap().is_none(), "nobody sees it before");
+    assert!(queue.find("t", id).unwrap().is_none());
+    tx.commit().unwrap();
+    let lease = queue.try_pop("t").unwrap().unwrap();
+    assert_eq!((lease.id(), lease.header("k"), lease.max_attempts()), (id, Some("v"), Some(2)));
+
+    let mut tx = client.transaction().unwrap();
+    let id = queue.push_in(&mut tx, "t", "rolled back").unwrap();
+    tx.rollback().unwrap();
+    assert!(queue.find("t", id).unwrap().is_none());
+    assert!(queue.try_pop("t").unwrap().is_none());
+}
+
+#[test]
+fn a_push_in_a_transaction_that_failed_is_an_error() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    let mut tx = client.transaction().unwrap();
+    tx.batch_execute("select 1/0").unwrap_err();
+    let error = queue.push_in(&mut tx, "t", "m").unwrap_err();
+    assert_eq!(error.sqlstate(), Some("25P02"), "{error:?}");
+    drop(tx);
+    // A refusal before anything is sent leaves the transaction as it is.
+    let mut tx = client.transaction().unwrap();
+    assert_eq!(queue.push_in(&mut tx, "", "m").unwrap_err().kind(), ErrorKind::Invalid);
+    queue.push_in(&mut tx, "t", "m").unwrap();
+    tx.commit().unwrap();
+    assert_eq!(drain(&queue, "t"), ["m"]);
+}
+
+#[test]
+fn a_push_of_a_stored_id_changes_nothing_in_a_transaction() {
+    let world = World::new();
+    let queue = world.queue();
+    let message = NewMessage::new("first");
+    queue.push("t", message.clone()).unwrap();
+    let again = NewMessage::new("second").with_id(message.id());
+    queue.transaction(|tx| queue.push_in(tx, "t", again)).unwrap();
+    assert_eq!(drain(&queue, "t"), ["first"]);
+}
+
+#[test]
+fn nobody_is_woken_before_the_commit() {
+    let world = World::new();
+    let queue = world.open(world.builder().poll_interval(SOON));
+    let mut client = world.client();
+    let (popped, wait) = mpsc::channel();
+    thread::scope(|scope| {
+        scope.spawn(|| popped.send(text(pop(&queue, "t").payload())).unwrap());
+        crate::world::until_wanted(&world, &mut client, "t");
+        crate::world::until_listening(&mut client, &world.schema);
+        let mut tx = client.transaction().unwrap();
+        queue.push_in(&mut tx, "t", "m").unwrap();
+        assert!(wait.recv_timeout(Duration::from_millis(500)).is_err());
+        tx.commit().unwrap();
+        assert_eq!(wait.recv_timeout(SOON / 2).unwrap(), "m");
+    });
+}
+
+#[test]
+fn a_settle_joins_the_callers_transaction() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    queue.push_many("t", ["a", "b"]).unwrap();
+    for (discard, lease) in [(false, pop(&queue, "t")), (true, pop(&queue, "t"))] {
+        let id = lease.id();
+        let settle = |tx: &mut postgres::Transaction<'_>| {
+            if discard { lease.discard_in(tx) } else { lease.complete_in(tx) }
+        };
+        let state = || queue.find("t", id).unwrap().unwrap().state();
+
+        let mut tx = client.transaction().unwrap();
+        settle(&mut tx).unwrap();
+        assert!(matches!(state(), State::Leased { .. }), "nobody sees it before");
+        tx.rollback().unwrap();
+        assert!(matches!(state(), State::Leased { .. }));
+
+        // The lease is usable still, in every way.
+        let mut tx = client.transaction().unwrap();
+        settle(&mut tx).unwrap();
+        tx.commit().unwrap();
+        match state() {
+            State::Completed { .. } => assert!(!discard),
+            State::Discarded { .. } => assert!(discard),
+            other => panic!("{other:?}"),
+        }
+        // Twice is a repetition.
+        let mut tx = client.transaction().unwrap();
+        settle(&mut tx).unwrap();
+        tx.commit().unwrap();
+        if discard { lease.discard().unwrap() } else { lease.complete().unwrap() }
+    }
+}
+
+#[test]
+fn a_lease_can_be_settled_otherwise_after_a_rollback() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let mut lease = pop(&queue, "t");
+    let failed: Result<(), Error> = queue.transaction(|tx| {
+        lease.complete_in(tx)?;
+        tx.batch_execute("select 1/0")?;
+        Ok(())
+    });
+    assert_eq!(failed.unwrap_err().sqlstate(), Some("22012"));
+    lease.extend(Duration::from_secs(60)).unwrap();
+    lease.release().unwrap();
+    assert_eq!(drain(&queue, "t"), ["m"]);
+}
+
+#[test]
+fn push_and_settle_commit_together() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("in", "m").unwrap();
+    let lease = pop(&queue, "in");
+    queue
+        .transaction(|tx| {
+            queue.push_in(tx, "out", lease.payload())?;
+            queue.push_in(tx, "out", "second")?;
+            lease.complete_in(tx)
+        })
+        .unwrap();
+    assert_eq!(drain(&queue, "out"), ["m", "second"]);
+    assert_eq!(stats(&queue, "in").settled(), 1);
+}
+
+/// The driver's `commit()` returns `Ok` for a transaction that a failed statement had aborted, and
+/// the server rolled it back.
+#[test]
+fn a_failed_statement_that_was_ignored_is_an_error() {
+    let world = World::new();
+    let queue = world.queue();
+    let result = queue.transaction(|tx| {
+        queue.push_in(tx, "t", "m")?;
+        let _ = tx.batch_execute("select 1/0");
+        Ok(())
+    });
+    let error = result.unwrap_err();
+    assert_eq!(error.sqlstate(), Some("25P02"), "{error:?}");
+    assert!(!error.is_indeterminate());
+    assert!(queue.try_pop("t").unwrap().is_none());
+}
+
+#[test]
+fn a_stale_lease_poisons_its_transaction() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let stale = pop(&queue.with_lease(Duration::from_secs(1)), "t");
+    let fresh = pop(&queue, "t");
+    for ignore in [true, false] {
+        let result = queue.transaction(|tx| {
+            queue.push_in(tx, "effect", "m")?;
+            let settled = stale.complete_in(tx);
+            assert_eq!(settled.as_ref().unwrap_err().kind(), ErrorKind::LeaseLost);
+            if ignore { Ok(()) } else { settled }
+        });
+        let error = result.unwrap_err();
+        assert_eq!(error.kind() == ErrorKind::LeaseLost, !ignore, "{error:?}");
+    }
+    // The same with the driver's own transaction, whatever its commit says.
+    let mut client = world.client();
+    let mut tx = client.transaction().unwrap();
+    queue.push_in(&mut tx, "effect", "m").unwrap();
+    stale.discard_in(&mut tx).unwrap_err();
+    let _ = tx.commit();
+    assert!(queue.try_pop("effect").unwrap().is_none());
+    fresh.complete().unwrap();
+}
+
+#[test]
+fn an_error_or_a_panic_of_the_work_rolls_back() {
+    let world = World::new();
+    let queue = world.open(world.builder().pool_size(1));
+    let mut client = world.client();
+    let failed: Result<(), Error> = queue.transaction(|tx| {
+        queue.push_in(tx, "t", "m")?;
+        queue.push_in(tx, "", "bad").map(drop)
+    });
+    assert_eq!(failed.unwrap_err().kind(), ErrorKind::Invalid);
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        queue.transaction(|tx| -> Result<(), Error> {
+            queue.push_in(tx, "t", "m")?;
+            panic!("on purpose")
+        })
+    }));
+    assert!(panicked.is_err());
+    // The only connection is free again, and not in a transaction.
+    assert!(queue.try_pop("t").unwrap().is_none());
+    queue.push("t", "after").unwrap();
+    assert_eq!(drain(&queue, "t"), ["after"]);
+    until("no transaction is left open", || {
+        let sql =
+            "select from pg_stat_activity where application_name = $1 and state like 'idle in transaction%'";
+        client.query_opt(sql, &[&world.schema]).unwrap().is_none()
+    });
+}
+
+#[test]
+fn the_transaction_gives_its_value() {
+    let world = World::new();
+    let queue = world.queue();
+    let n: i32 = queue.transaction(|tx| Ok(tx.query_one("select 42", &[])?.get(0))).unwrap();
+    assert_eq!(n, 42);
+}
+
+#[test]
+fn a_transaction_waits_for_a_connection_no_longer_than_its_timeout() {
+    let world = World::new();
+    let queue = world.open(world.builder().pool_size(1).operation_timeout(Duration::from_millis(500)));
+    queue
+        .transaction(|_| {
+            let error = queue.transaction(|_| Ok(())).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Timeout, "{error:?}");
+            let error = queue.push("t", "m").unwrap_err();
+            assert!(error.kind() == ErrorKind::Timeout && !error.is_indeterminate(), "{error:?}");
+            Ok(())
+        })
+        .unwrap();
+    queue.push("t", "m").unwrap();
+}
+
+#[test]
+fn statements_of_the_transaction_have_no_timeout_of_the_queues() {
+    let world = World::new();
+    let queue = world.open(world.builder().operation_timeout(Duration::from_millis(300)));
+    queue.transaction(|tx| Ok(tx.batch_execute("select pg_sleep(1)")?)).unwrap();
+}

@@ -1,0 +1,300 @@
+//! Waiting pops: who wakes them, and what waiting costs.
+
+use std::collections::HashSet;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use postgres::Client;
+use pushpop_pg::{NewMessage, Queue};
+
+use crate::world::{SOON, World, pop, stats, text, until, until_listening, until_wanted};
+
+/// A queue that looks for itself so seldom that a test would see it.
+fn patient(world: &World) -> Queue {
+    world.open(world.builder().poll_interval(Duration::from_secs(60)))
+}
+
+/// Well before the next poll, however busy the machine.
+const WOKEN: Duration = Duration::from_secs(20);
+
+/// Waits for a message in a thread, does something, and returns what was popped and how long after.
+fn woken(world: &World, waiting: &Queue, topic: &str, wake: impl FnOnce()) -> (String, Duration) {
+    let mut client = world.client();
+    thread::scope(|scope| {
+        let popped = scope.spawn(|| {
+            let lease = pop_for(waiting, topic);
+            (text(lease.payload()), Instant::now())
+        });
+        until_wanted(world, &mut client, topic);
+        let started = Instant::now();
+        wake();
+        let (payload, at) = popped.join().unwrap();
+        (payload, at.saturating_duration_since(started))
+    })
+}
+
+fn pop_for(queue: &Queue, topic: &str) -> pushpop_pg::Lease {
+    queue.pop_timeout(topic, SOON * 3).unwrap().expect("a message")
+}
+
+#[test]
+fn smoke() {
+    let world = World::new();
+    let queue = patient(&world);
+    let (payload, took) = woken(&world, &queue, "t", || drop(queue.push("t", "m")));
+    assert_eq!(payload, "m");
+    assert!(took < WOKEN, "{took:?}");
+}
+
+#[test]
+fn a_push_of_the_same_process_wakes() {
+    let world = World::new();
+    let queue = patient(&world);
+    for i in 0..5 {
+        let (payload, took) = woken(&world, &queue, "t", || drop(queue.push_many("t", [format!("{i}")])));
+        assert!(payload == format!("{i}") && took < WOKEN, "{took:?}");
+    }
+}
+
+#[test]
+fn a_push_of_another_process_wakes() {
+    let world = World::new();
+    let (waiting, other) = (patient(&world), patient(&world));
+    for i in 0..5 {
+        let (payload, took) = woken(&world, &waiting, "t", || {
+            until_listening(&mut world.client(), &world.schema);
+            other.push("t", format!("{i}")).unwrap();
+        });
+        assert!(payload == format!("{i}") && took < WOKEN, "{took:?}");
+    }
+}
+
+#[test]
+fn a_push_by_sql_wakes() {
+    let world = World::new();
+    let waiting = patient(&world);
+    let mut client = world.client();
+    for call in [
+        "select pushpop.push('t', 'm')",
+        "select pushpop.push_many('t', array[gen_random_uuid()], array['m'::bytea])",
+    ] {
+        let (payload, took) = woken(&world, &waiting, "t", || {
+            until_listening(&mut world.client(), &world.schema);
+            client.batch_execute(&world.sql(call)).unwrap();
+        });
+        assert!(payload == "m" && took < WOKEN, "{took:?}");
+    }
+}
+
+#[test]
+fn two_processes_that_wait_are_both_woken() {
+    let world = World::new();
+    let (one, two, other) = (patient(&world), patient(&world), patient(&world));
+    let mut client = world.client();
+    thread::scope(|scope| {
+        let first = scope.spawn(|| pop_for(&one, "t"));
+        until_wanted(&world, &mut client, "t");
+        let second = scope.spawn(|| pop_for(&two, "t"));
+        until("both listen", || {
+            let sql =
+                "select count(*) from pg_stat_activity where application_name = $1 and query ilike 'listen%'";
+            client.query_one(sql, &[&world.schema]).unwrap().get::<_, i64>(0) == 2
+        });
+        // Known to wait: by one client or by several.
+        thread::sleep(Duration::from_millis(300));
+        let started = Instant::now();
+        other.push_many("t", ["a", "b"]).unwrap();
+        let got: HashSet<_> =
+            [first, second].into_iter().map(|t| text(t.join().unwrap().payload())).collect();
+        assert_eq!(got.len(), 2);
+        assert!(started.elapsed() < WOKEN, "{:?}", started.elapsed());
+    });
+}
+
+#[test]
+fn a_delayed_message_wakes_when_it_is_due() {
+    let world = World::new();
+    let (waiting, other) = (patient(&world), patient(&world));
+    let delay = Duration::from_secs(1);
+    for pushes in [&waiting, &other] {
+        let (payload, took) = woken(&world, &waiting, "t", || {
+            until_listening(&mut world.client(), &world.schema);
+            pushes.push("t", NewMessage::new("m").delay(delay)).unwrap();
+        });
+        assert_eq!(payload, "m");
+        assert!(took >= delay && took < WOKEN, "{took:?}");
+    }
+    // Pushed before anybody waited.
+    other.push("early", NewMessage::new("m").delay(delay)).unwrap();
+    let started = Instant::now();
+    pop_for(&waiting, "early").complete().unwrap();
+    assert!(started.elapsed() < WOKEN, "{:?}", started.elapsed());
+}
+
+#[test]
+fn an_earlier_message_is_not_hidden_by_a_later_one() {
+    let world = World::new();
+    let queue = patient(&world);
+    queue.push("t", NewMessage::new("later").delay(Duration::from_secs(45))).unwrap();
+    let (payload, took) = woken(&world, &queue, "t", || {
+        queue.push("t", NewMessage::new("earlier").delay(Duration::from_millis(500))).unwrap();
+    });
+    assert!(payload == "earlier" && took < WOKEN, "{took:?}");
+}
+
+#[test]
+fn what_is_given_back_wakes() {
+    let world = World::new();
+    let (waiting, other) = (patient(&world), patient(&world));
+    type Give = fn(pushpop_pg::Lease);
+    let gives: [(&str, Give); 4] = [
+        ("release", |lease| lease.release().unwrap()),
+        ("defer", |lease| lease.defer(Duration::from_millis(200)).unwrap()),
+        ("fail", |lease| lease.fail("m").unwrap()),
+        ("drop", drop),
+    ];
+    thread::scope(|scope| {
+        for (verb, give) in gives {
+            for (who, holder) in [("same", &waiting), ("other", &other)] {
+                let (world, waiting) = (&world, &waiting);
+                scope.spawn(move || {
+                    let topic = format!("{verb} {who}");
+                    holder.push(&topic, "m").unwrap();
+                    let lease = pop(&holder.with_lease(Duration::from_secs(2)), &topic);
+                    let (_, took) = woken(world, waiting, &topic, || give(lease));
+                    assert!(took < WOKEN, "{topic}: {took:?}");
+                });
+            }
+        }
+    });
+}
+
+#[test]
+fn an_expired_lease_wakes() {
+    let world = World::new();
+    let queue = patient(&world);
+    queue.push("t", "m").unwrap();
+    let lease = pop(&queue.with_lease(Duration::from_secs(1)), "t");
+    let started = Instant::now();
+    assert_eq!(pop_for(&queue, "t").id(), lease.id());
+    assert!(started.elapsed() < WOKEN, "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_waiting_batch_returns_with_the_first() {
+    let world = World::new();
+    let queue = patient(&world);
+    let mut client = world.client();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| queue.pop_many("t", 10, SOON * 3).unwrap());
+        until_wanted(&world, &mut client, "t");
+        let started = Instant::now();
+        queue.push("t", "m").unwrap();
+        assert_eq!(waiting.join().unwrap().len(), 1);
+        assert!(started.elapsed() < WOKEN);
+    });
+}
+
+fn count(client: &mut Client, world: &World, filter: &str) -> i64 {
+    let sql = format!("select count(*) from pg_stat_activity where application_name = $1 and {filter}");
+    client.query_one(&sql, &[&world.schema]).unwrap().get(0)
+}
+
+#[test]
+fn many_waiting_threads_cost_one_listener_and_few_connections() {
+    let world = World::new();
+    let queue = patient(&world);
+    let mut client = world.client();
+    let n = 64;
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..n)
+            .map(|i| {
+                scope.spawn({
+                    let queue = &queue;
+                    // All on some topics, each on its own, and with leases of several lengths.
+                    move || {
+                        text(
+                            pop_for(
+                                &queue.with_lease(Duration::from_secs(60 + i % 3)),
+                                &format!("t{}", i % 16),
+                            )
+                            .payload(),
+                        )
+                    }
+                })
+            })
+            .collect();
+        for i in 0..16 {
+            until_wanted(&world, &mut client, &format!("t{i}"));
+        }
+        until_listening(&mut client, &world.schema);
+        // Once all have looked for themselves, nothing is sent any more.
+        let mut queries = || {
+            let sql = "select max(query_start)::text from pg_stat_activity where application_name = $1";
+            client.query_one(sql, &[&world.schema]).unwrap().get::<_, Option<String>>(0)
+        };
+        let mut seen = HashSet::new();
+        for _ in 0..20 {
+            thread::sleep(Duration::from_millis(100));
+            seen.insert(queries());
+        }
+        assert!(seen.len() <= 6, "queries were sent at {} of 20 looks", seen.len());
+        assert_eq!(count(&mut client, &world, "query ilike 'listen%'"), 1);
+        let all = count(&mut client, &world, "true");
+        assert!(all <= 5, "{all} connections");
+
+        for i in 0..n {
+            queue.push(&format!("t{}", i % 16), format!("{i}")).unwrap();
+        }
+        let got: HashSet<String> = threads.into_iter().map(|t| t.join().unwrap()).collect();
+        assert_eq!(got.len(), usize::try_from(n).unwrap());
+    });
+}
+
+#[test]
+fn behind_a_pooler_waiting_pops_poll() {
+    let world = World::new();
+    let open = || {
+        let mut config = world.config();
+        config.application_name(&world.schema);
+        world.builder().pooler(true).poll_interval(Duration::from_millis(100)).connect_with(config).unwrap()
+    };
+    let (waiting, other) = (open(), open());
+    let (payload, took) = woken(&world, &waiting, "t", || drop(other.push("t", "m")));
+    assert!(payload == "m" && took < WOKEN, "{took:?}");
+    let mut client = world.client();
+    assert_eq!(count(&mut client, &world, "query ilike 'listen%'"), 0, "no LISTEN");
+    let prepared: i64 = waiting
+        .transaction(|tx| Ok(tx.query_one("select count(*) from pg_prepared_statements where name !~ '^s[0-9]+$' or statement ~ 'pop\\('", &[])?.get(0)))
+        .unwrap();
+    assert_eq!(prepared, 0, "no named statements");
+    // The rest works as well.
+    other.push_many("t", ["a", "b", "c"]).unwrap();
+    pop(&waiting, "t").complete().unwrap();
+    pop(&waiting, "t").fail("m").unwrap();
+    let mut lease = pop(&waiting, "t");
+    lease.extend(SOON).unwrap();
+    lease.release().unwrap();
+    assert_eq!(stats(&waiting, "t").settled(), 1);
+}
+
+/// Notifications that were lost cost a poll interval: nobody notifies here, as the row that says that
+/// somebody waits is held.
+#[test]
+fn polling_finds_what_no_notification_told() {
+    let world = World::new();
+    let queue = world.open(world.builder().poll_interval(Duration::from_millis(200)));
+    let (sent, popped) = mpsc::channel();
+    let mut client = world.client();
+    thread::scope(|scope| {
+        scope.spawn(|| sent.send(text(pop_for(&queue, "t").payload())).unwrap());
+        until_wanted(&world, &mut client, "t");
+        // A sender that is the waiter notifies nobody; this client is another.
+        let sql = world.sql(
+            "select pushpop.push('t', 'm', sender => t.wanted_by) from pushpop.topics t where topic = 't'",
+        );
+        client.batch_execute(&sql).unwrap();
+        assert_eq!(popped.recv_timeout(SOON).unwrap(), "m");
+    });
+}

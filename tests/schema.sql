@@ -1,0 +1,1427 @@
+CREATE SCHEMA pushpop;
+CREATE TYPE pushpop.message AS (
+	id uuid,
+	payload bytea,
+	headers jsonb,
+	state text,
+	attempt integer,
+	max_attempts integer,
+	fence bigint,
+	pushed_at timestamp with time zone,
+	ready_at timestamp with time zone,
+	lease_until timestamp with time zone,
+	done_at timestamp with time zone,
+	delete_at timestamp with time zone,
+	last_error text
+);
+CREATE FUNCTION pushpop.backoff(attempt integer) RETURNS double precision
+    LANGUAGE sql
+    AS $$
+  select least(3600, power(2, least(backoff.attempt - 1, 12))) * (1 - 0.25 * random())
+$$;
+CREATE FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+begin
+  if begin_sweep.swept_at is null or begin_sweep.swept_at between moment - interval '1 minute' and moment then
+    return false;
+  end if;
+  update "pushpop".topics t set swept_at = moment
+  where t.topic = (select s.topic from "pushpop".topics s where s.topic = begin_sweep.topic for update skip locked);
+  return true;
+end
+$$;
+CREATE FUNCTION pushpop.bottom(topic text) RETURNS timestamp with time zone
+    LANGUAGE sql
+    AS $$
+  select coalesce(least(
+    (select t.low from "pushpop".topics t where t.topic = bottom.topic),
+    (select b.ready_at from "pushpop".behind b where b.topic = bottom.topic order by b.ready_at, b.id limit 1)
+  ), '-infinity')
+$$;
+CREATE FUNCTION pushpop.check_arrays(wanted integer, others integer[]) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if wanted is null or wanted not between 1 and 10000 then
+    perform "pushpop".refuse(format('a batch has 1 to 10000 elements, not %s', coalesce(wanted, 0)));
+  elsif not (wanted = all (array_remove(others, null))) then
+    perform "pushpop".refuse('the arrays of a batch have the same length');
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_headers(headers jsonb) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+declare
+  entries bigint;
+  bytes   bigint;
+begin
+  if jsonb_typeof(check_headers.headers) <> 'object'
+     or exists (select from jsonb_each(check_headers.headers) h where jsonb_typeof(h.value) <> 'string') then
+    perform "pushpop".refuse('headers are an object of text to text');
+  end if;
+  select count(*), sum(octet_length(h.key) + octet_length(h.value)) into entries, bytes
+  from jsonb_each_text(check_headers.headers) h;
+  if entries > 64 then
+    perform "pushpop".refuse(format('a message has at most 64 headers, not %s', entries));
+  elsif bytes > 16384 then
+    perform "pushpop".refuse(format('the headers of a message have at most 16384 bytes, not %s', bytes));
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_payload(payload bytea) RETURNS void
+    LANGUAGE plpgsql STABLE
+    AS $$
+declare
+  most bigint;
+begin
+  if check_payload.payload is null then
+    perform "pushpop".refuse('a payload is not null; it may be empty');
+  elsif octet_length(check_payload.payload) > 16777216 then
+    most := least(coalesce(nullif(current_setting('pushpop_pg.max_payload', true), '')::bigint, 16777216), 268435456);
+    if octet_length(check_payload.payload) > most then
+      perform "pushpop".refuse(format('a payload has at most %s bytes, not %s', most, octet_length(check_payload.payload)));
+    end if;
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_push(delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if not (delay >= 0 and delay <= 250000000000) then
+    perform "pushpop".refuse(format('a delay has 0 to 250000000000 seconds, not %s', delay));
+  elsif not (ready_at >= '-infinity' and ready_at > '0001-01-01 00:00:00+00' and ready_at < '9999-12-31 00:00:00+00') then
+    perform "pushpop".refuse(format('a message is ready between the years 1 and 9999, not at %s', ready_at));
+  elsif delay is not null and ready_at is not null then
+    perform "pushpop".refuse('a message has a delay or a time, not both');
+  elsif max_attempts not between 1 and 32767 then
+    perform "pushpop".refuse(format('a message has 1 to 32767 attempts, or null for no limit, not %s', max_attempts));
+  end if;
+  if headers is not null then
+    perform "pushpop".check_headers(headers);
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  perform "pushpop".check_arrays(cardinality(ids), array[coalesce(cardinality(tokens), 0), coalesce(cardinality(outcomes), 0),
+                                                       cardinality(delays), cardinality(errors)]);
+  if not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
+    perform "pushpop".refuse('an outcome is one of complete, discard, defer, release, fail, extend');
+  elsif keep is null or not (keep >= 0 and keep <= 250000000000) then
+    perform "pushpop".refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
+  elsif outcomes && '{defer,fail,extend}' then
+    perform "pushpop".refuse(format('a delay has 0 to 250000000000 seconds, not %s', coalesce(u.delay::text, 'null')))
+    from unnest(outcomes, delays) u(outcome, delay)
+    where u.outcome in ('defer', 'fail')
+      and (u.delay is null and u.outcome = 'defer' or not (u.delay >= 0 and u.delay <= 250000000000));
+    perform "pushpop".lease_interval(u.delay) from unnest(outcomes, delays) u(outcome, delay) where u.outcome = 'extend';
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_topic(topic text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if check_topic.topic is null or octet_length(check_topic.topic) not between 1 and 255 then
+    perform "pushpop".refuse(format('a topic has 1 to 255 bytes, not %s',
+                                  coalesce(octet_length(check_topic.topic)::text, 'null')));
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision DEFAULT 3600) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select "pushpop".settle_one(topic, id, token, 'complete', null, null, keep) $$;
+CREATE FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select "pushpop".settle_one(topic, id, token, 'defer', delay, null, 0) $$;
+CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision DEFAULT 3600) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select "pushpop".settle_one(topic, id, token, 'discard', null, null, keep) $$;
+CREATE FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select "pushpop".settle_one(topic, id, token, 'extend', lease, null, 0) $$;
+CREATE FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) RETURNS timestamp with time zone
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  ends timestamptz;
+begin
+  perform from "pushpop".messages m
+  where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
+    and m.state in ('p', 'd', 'r', 'f', 'e');
+  if not found then
+    return null;
+  end if;
+  -- Never earlier than it was: the row that it shared so far may end later.
+  select greatest(until, l.lease_until) into ends from "pushpop".leases l
+  where l.topic = extend_lease.topic and l.key = substring(token from 1 for 16);
+  insert into "pushpop".leases as l (topic, key, lease_until, open, ids, fences)
+  values (extend_lease.topic, token, coalesce(ends, until), 0, array[extend_lease.id], array[extend_lease.fence])
+  on conflict (topic, key) do update set lease_until = greatest(l.lease_until, excluded.lease_until)
+  returning lease_until into ends;
+  return ends;
+end
+$$;
+CREATE FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision DEFAULT NULL::double precision) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select "pushpop".settle_one(topic, id, token, 'fail', delay, error, 0) $$;
+CREATE FUNCTION pushpop.find(topic text, id uuid) RETURNS SETOF pushpop.message
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz := clock_timestamp();
+begin
+  perform "pushpop".check_topic(find.topic);
+  -- A live message that is in no run is leased, and the leases say until when. One that is in
+  -- neither has a lease that ended, and waits to be reclaimed.
+  return query
+    select m.id, m.payload, m.headers,
+           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state = 'z' then 'dead'
+             when l.lease_until > moment then 'leased'
+             when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
+             when m.ready_at > moment then 'delayed' else 'ready' end,
+           m.attempt + case when l.leased then 1 else 0 end, m.max_attempts::integer,
+           m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
+           case when l.lease_until > moment then l.lease_until end,
+           coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
+           m.delete_at, m.last_error
+    from "pushpop".messages m
+    left join lateral (
+      select true as waiting from "pushpop".runs q
+      where q.topic = find.topic and q.ready_at = m.ready_at and q.pushed_at = m.pushed_at
+        and q.place <= m.place and find.id = any (q.ids) and m.state in ('p', 'd', 'r', 'f', 'e')
+      limit 1
+    ) q on true
+    left join lateral (
+      select true as leased, max(l.lease_until) as lease_until, max(l.lease_until) <= moment as ended
+      from "pushpop".leases l
+      where l.topic = find.topic and find.id = any (l.ids) and m.fence + 1 = l.fences[array_position(l.ids, find.id)]
+        and q.waiting is null and m.state in ('p', 'd', 'r', 'f', 'e')
+      having count(*) > 0
+    ) l on true
+    where m.topic = find.topic and m.id = find.id;
+end
+$$;
+CREATE FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  message record;
+begin
+  update "pushpop".messages m
+  set state      = case outcome when 'defer' then 'd' when 'release' then 'r' when 'expire' then 'e' else 'f' end::"char",
+      fence      = m.fence + 1,
+      attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
+      ready_at   = case outcome
+                     when 'defer' then moment + delay * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(m.attempt + 1)) * interval '1 second'
+                     else m.ready_at end,
+      last_error = case when outcome in ('fail', 'expire') then left(error, 8192) else m.last_error end
+  where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
+    and m.state in ('p', 'd', 'r', 'f', 'e')
+  returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
+  into message;
+  if not found then
+    return false;
+  end if;
+  if message.dead then
+    update "pushpop".messages m set state = 'z', done_at = moment
+    where m.topic = give_back.topic and m.id = give_back.id;
+    insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
+  else
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
+    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.id, array[message.id]);
+    if message.ready_at < moment + interval '1 second' then
+      insert into "pushpop".behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
+      on conflict do nothing;
+    end if;
+  end if;
+  return true;
+end
+$$;
+CREATE FUNCTION pushpop.lease_interval(lease double precision) RETURNS interval
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if lease is null or not (lease between 1 and 86400) then
+    perform "pushpop".refuse(format('a lease has 1 to 86400 seconds, not %s', coalesce(lease::text, 'null')));
+  end if;
+  return lease * interval '1 second';
+end
+$$;
+CREATE TABLE pushpop.topics (
+    topic text NOT NULL COLLATE pg_catalog."C",
+    low timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    looked_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    swept_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    sure_to timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    checking_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    checking_for text[] DEFAULT '{}'::text[] NOT NULL,
+    reclaimed_to timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    deleted_to timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    cleared_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    wanted_until timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
+    wanted_by uuid
+)
+WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.2', autovacuum_vacuum_threshold='200');
+CREATE FUNCTION pushpop.lock_topic(topic text) RETURNS pushpop.topics
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  known "pushpop".topics;
+begin
+  select t.* into known from "pushpop".topics t where t.topic = lock_topic.topic for update skip locked;
+  if not found and pg_try_advisory_xact_lock(hashtextextended(lock_topic.topic, format('%I.topics', 'pushpop')::regclass::oid::bigint)) then
+    perform from "pushpop".topics t where t.topic = lock_topic.topic;
+    if not found then
+      insert into "pushpop".topics (topic) values (lock_topic.topic) on conflict do nothing;
+      select t.* into known from "pushpop".topics t where t.topic = lock_topic.topic for update skip locked;
+    end if;
+  end if;
+  return known;
+end
+$$;
+CREATE FUNCTION pushpop.make_durable() RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+begin
+  if current_setting('synchronous_commit') = 'off' then
+    perform set_config('synchronous_commit', 'on', true);
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.new_id() RETURNS uuid
+    LANGUAGE sql PARALLEL SAFE
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select encode(
+    set_bit(set_bit(
+      overlay(uuid_send(gen_random_uuid())
+        placing substring(int8send((extract(epoch from clock_timestamp()) * 1000)::bigint) from 3)
+        from 1 for 6),
+      52, 1), 53, 1),
+    'hex')::uuid
+$$;
+CREATE FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  known   "pushpop".topics := "pushpop".lock_topic(topic);
+  running text[];
+  start   timestamptz;
+  alive   timestamptz;
+begin
+  if known.topic is null then
+    return;
+  end if;
+  running := array(
+    select l.virtualtransaction from pg_locks l
+    where l.locktype = 'relation' and l.relation = format('%I.messages', 'pushpop')::regclass
+      and l.database = (select d.oid from pg_database d where d.datname = current_database())
+      and l.mode = 'RowExclusiveLock');
+  if not known.checking_for && running then
+    known.sure_to := greatest(known.sure_to, known.checking_at);
+    known.checking_at := moment;
+    known.checking_for := running;
+  end if;
+  -- A row that is deleted here was committed with its run, which the next statement sees.
+  with past as (
+    delete from "pushpop".behind b where b.topic = note_look.topic returning b.ready_at
+  )
+  select least(known.low, min(p.ready_at)) into start from past p;
+  select q.ready_at into alive from "pushpop".runs q
+  where q.topic = note_look.topic and q.ready_at >= start
+  order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
+  update "pushpop".topics t
+  set low = least(alive, known.sure_to), looked_at = moment,
+      sure_to = known.sure_to, checking_at = known.checking_at, checking_for = known.checking_for
+  where t.topic = note_look.topic;
+end
+$$;
+CREATE FUNCTION pushpop.peek(topic text, max integer DEFAULT 10) RETURNS SETOF pushpop.message
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz := clock_timestamp();
+  start  timestamptz := "pushpop".bottom(topic);
+begin
+  perform "pushpop".check_topic(peek.topic);
+  if max is null or max not between 1 and 1000 then
+    perform "pushpop".refuse(format('a peek shows 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
+  end if;
+  return query
+    select m.id, m.payload, m.headers, case when m.ready_at > moment then 'delayed' else 'ready' end,
+           m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
+           m.done_at, m.delete_at, m.last_error
+    from (
+      select q.ids from "pushpop".runs q where q.topic = peek.topic and q.ready_at >= start
+      order by q.ready_at, q.pushed_at, q.place, q.id limit max
+    ) q
+    cross join lateral unnest(q.ids) u(id)
+    cross join lateral (
+      select m.* from "pushpop".messages m where m.topic = peek.topic and m.id = u.id offset 0
+    ) m
+    limit max;
+end
+$$;
+CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz := clock_timestamp();
+  until  timestamptz;
+  known  record;
+  start  timestamptz;
+  ids    uuid[];
+  key    bytea;
+begin
+  perform "pushpop".check_topic(pop.topic);
+  if max is null or max not between 1 and 1000 then
+    perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
+  end if;
+  until := moment + "pushpop".lease_interval(lease);
+  select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
+  if not found or known.looked_at not between moment - interval '1 second' and moment then
+    perform "pushpop".reclaim(pop.topic, moment, 1000);
+    perform "pushpop".note_look(pop.topic, moment);
+    select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
+  end if;
+  start := coalesce(known.low, '-infinity');
+  ids := "pushpop".take_runs(pop.topic, start, moment, max);
+  -- Nothing there: look at everything, first at what lies behind the mark.
+  if ids is null then
+    if "pushpop".reclaim(pop.topic, moment, 1000) > 0
+       or exists (select from "pushpop".behind b where b.topic = pop.topic)
+       or "pushpop".begin_sweep(pop.topic, moment, known.swept_at) then
+      start := '-infinity';
+      ids := "pushpop".take_runs(pop.topic, start, moment, max);
+    end if;
+    if ids is null then
+      ids := "pushpop".wait_for_runs(pop.topic, start, moment, max);
+    end if;
+    if ids is null then
+      return;
+    end if;
+  end if;
+  if max = 1 then
+    select m.id, m.payload, m.headers, m.attempt + 1, m.max_attempts, m.fence + 1, m.pushed_at, m.ready_at, m.last_error
+    into id, payload, headers, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+    from "pushpop".messages m where m.topic = pop.topic and m.id = ids[1];
+    key := uuid_send(gen_random_uuid());
+    insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
+    values (pop.topic, key, until, 1, ids, array[fence]);
+    token := key || '\x0001'::bytea || int4send(fence::integer);
+    lease_until := until;
+    return next;
+  else
+    return query
+      with message as materialized (
+        select u.place, m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
+        from unnest(ids) with ordinality u(id, place)
+        cross join lateral (
+          select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
+          from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
+        ) m
+      ),
+      part as materialized (
+        select p.part, uuid_send(gen_random_uuid()) as key
+        from generate_series(0, (cardinality(ids) - 1) / 250) p(part)
+      ),
+      leased as (
+        insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
+        select pop.topic, p.key, until, count(*), array_agg(m.id order by m.place), array_agg(m.fence + 1 order by m.place)
+        from message m join part p on p.part = (m.place - 1) / 250
+        group by p.part, p.key
+      )
+      select m.id, m.payload, m.headers, p.key || int2send(((m.place - 1) % 250 + 1)::int2) || int4send(m.fence + 1),
+             until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at, m.last_error
+      from message m join part p on p.part = (m.place - 1) / 250
+      order by m.place;
+  end if;
+  perform "pushpop".make_durable();
+end
+$$;
+CREATE FUNCTION pushpop.purge(topic text, max integer DEFAULT 10000) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    AS $$
+#variable_conflict use_column
+declare
+  waiting cursor for
+    select q.ctid as tid, q.n, q.ids from "pushpop".runs q
+    where q.topic = purge.topic
+    order by q.ready_at, q.pushed_at, q.place, q.id
+    for update skip locked;
+  run     record;
+  whole   tid[];
+  ids     uuid[];
+  want    integer := max;
+  counted bigint;
+begin
+  perform "pushpop".check_topic(purge.topic);
+  if max is null or max not between 1 and 100000 then
+    perform "pushpop".refuse(format('a purge deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+  open waiting;
+  loop
+    fetch waiting into run;
+    exit when not found;
+    whole := whole || run.tid;
+    ids := ids || run.ids;
+    want := want - run.n;
+    exit when want <= 0;
+  end loop;
+  close waiting;
+  delete from "pushpop".messages m
+  where m.topic = purge.topic and m.ctid = any (array(
+    select m.tid from unnest(ids) u(id)
+    cross join lateral (
+      select m.ctid as tid from "pushpop".messages m where m.topic = purge.topic and m.id = u.id offset 0
+    ) m));
+  get diagnostics counted = row_count;
+  delete from "pushpop".runs q where q.topic = purge.topic and q.ctid = any (whole);
+  perform "pushpop".make_durable();
+  return counted;
+end
+$$;
+CREATE FUNCTION pushpop.push(topic text, payload bytea, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT 25, sender uuid DEFAULT NULL::uuid, OUT pushed uuid, OUT duplicate boolean) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+declare
+  stamped timestamptz;
+  due     timestamptz;
+  known   record;
+begin
+  perform "pushpop".check_topic(push.topic), "pushpop".check_payload(push.payload);
+  if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
+    perform "pushpop".check_push(delay, ready_at, headers, max_attempts);
+  end if;
+  pushed := coalesce(push.id, "pushpop".new_id());
+  lock table "pushpop".messages in row exclusive mode;
+  stamped := clock_timestamp();
+  due := coalesce(push.ready_at, stamped + coalesce(push.delay, 0) * interval '1 second');
+  insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+  values (push.topic, pushed, push.payload, push.headers, push.max_attempts, 1, stamped, due)
+  on conflict (topic, id) do nothing;
+  duplicate := not found;
+  if duplicate then
+    perform "pushpop".wait_for_duplicate();
+  else
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
+    values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);
+    if push.ready_at is not null and due <= stamped then
+      insert into "pushpop".behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
+    end if;
+    select t.wanted_until, t.wanted_by into known from "pushpop".topics t where t.topic = push.topic;
+    if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
+      perform pg_notify('pushpop', push.topic);
+    end if;
+  end if;
+  perform "pushpop".make_durable();
+end
+$$;
+CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid) RETURNS SETOF integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  wanted  integer := cardinality(ids);
+  simple  boolean := delays is null and ready_ats is null and headers is null and max_attempts is null;
+  places  integer[];  -- of those that were stored; null: all
+  stamped timestamptz;
+  known   record;
+begin
+  perform "pushpop".check_topic(push_many.topic);
+  perform "pushpop".check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
+                                             cardinality(headers), cardinality(max_attempts)]);
+  if array_position(ids, null) is not null then
+    perform "pushpop".refuse('an id is not null');
+  end if;
+  perform "pushpop".check_payload(u.payload) from unnest(payloads) u(payload)
+  where u.payload is null or octet_length(u.payload) > 16777216;
+  if not simple then
+    perform "pushpop".check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
+    from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
+  end if;
+  lock table "pushpop".messages in row exclusive mode;
+  stamped := clock_timestamp();
+  -- In the order of the ids, so that two batches with the same ones cannot deadlock. Looking for
+  -- conflicts costs as much as the insert itself, so that is done only if there are any.
+  begin
+    if simple then
+      insert into "pushpop".messages (topic, id, payload, max_attempts, place, pushed_at, ready_at)
+      select push_many.topic, u.id, u.payload, 25, u.place, stamped, stamped
+      from unnest(ids, payloads) with ordinality u(id, payload, place) order by u.id;
+    else
+      insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+      select push_many.topic, u.id, u.payload, u.headers,
+             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
+      from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
+             with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id;
+    end if;
+  exception when unique_violation then
+    with stored as (
+      insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
+      select push_many.topic, u.id, u.payload, u.headers,
+             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
+      from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
+             with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id, u.place
+      on conflict (topic, id) do nothing
+      returning place
+    )
+    select coalesce(array_agg(s.place), '{}') into places from stored s;
+  end;
+  if simple and places is null then
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
+    select push_many.topic, stamped, stamped, p, least(25, wanted - p + 1), ids[p], ids[p : least(p + 24, wanted)]
+    from generate_series(1, wanted, 25) p;
+  else
+    with stored as (
+      select u.id, u.place::integer,
+             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
+      from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
+      where places is null or u.place = any(places)
+    ),
+    run as (
+      insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
+      select push_many.topic, s.ready_at, stamped, min(s.place), count(*),
+             (array_agg(s.id order by s.place))[1], array_agg(s.id order by s.place)
+      from stored s group by s.ready_at, (s.place - 1) / 25
+    )
+    insert into "pushpop".behind (topic, ready_at, id)
+    select push_many.topic, s.ready_at, s.id from stored s where s.ready_at < stamped
+    order by s.ready_at, s.id limit 1
+    on conflict do nothing;
+  end if;
+  if places is null or cardinality(places) > 0 then
+    select t.wanted_until, t.wanted_by into known from "pushpop".topics t where t.topic = push_many.topic;
+    if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
+      perform pg_notify('pushpop', push_many.topic);
+    end if;
+  end if;
+  perform "pushpop".make_durable();
+  if places is not null then
+    perform "pushpop".wait_for_duplicate();
+    return query select p from generate_series(1, wanted) p where p <> all (places);
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  known timestamptz;
+  lease record;
+  slot  record;
+  stuck boolean;
+  count bigint := 0;
+begin
+  select t.reclaimed_to into known from "pushpop".topics t where t.topic = reclaim.topic;
+  for lease in
+    select l.ctid as tid, l.key, l.ids, l.fences from "pushpop".leases l
+    where l.topic = reclaim.topic and l.lease_until >= coalesce(known, '-infinity') and l.lease_until <= moment
+    order by l.lease_until limit max for update skip locked
+  loop
+    stuck := false;
+    for slot in
+      select u.id, u.fence
+      from unnest(lease.ids, lease.fences) with ordinality u(id, fence, slot)
+      cross join lateral (
+        select from "pushpop".messages m
+        where m.topic = reclaim.topic and m.id = u.id and m.fence = u.fence - 1
+          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      ) m
+      where octet_length(lease.key) > 16 or not exists (
+        select from "pushpop".leases l
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(u.slot::int2) || int4send(u.fence))
+      order by u.id
+    loop
+      perform from "pushpop".messages m where m.topic = reclaim.topic and m.id = slot.id for update skip locked;
+      if not found then
+        stuck := true;
+      elsif "pushpop".give_back(reclaim.topic, slot.id, slot.fence, 'expire', moment, null, 'the lease expired') then
+        count := count + 1;
+      end if;
+    end loop;
+    if stuck then
+      update "pushpop".leases l set lease_until = moment + interval '1 second'
+      where l.topic = reclaim.topic and l.ctid = lease.tid;
+    else
+      delete from "pushpop".leases l where l.topic = reclaim.topic and l.ctid = lease.tid;
+    end if;
+  end loop;
+  return count;
+end
+$$;
+CREATE FUNCTION pushpop.refuse(what text) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  raise exception '%', what using errcode = 'invalid_parameter_value';
+end
+$$;
+CREATE FUNCTION pushpop.release(topic text, id uuid, token bytea) RETURNS void
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$ select "pushpop".settle_one(topic, id, token, 'release', null, null, 0) $$;
+CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) RETURNS record
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+  select m.version, m.oldest_crate from "pushpop".migrations m order by m.version desc limit 1
+$$;
+CREATE FUNCTION pushpop.settle_done(topic text, ids uuid[], places integer[], fences integer[], outcome text, moment timestamp with time zone, keep double precision) RETURNS integer[]
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  target  tid[];
+  ended   uuid[];
+  done    integer;
+begin
+  select array_agg(m.tid), array_agg(m.id), array_agg(m.place) into target, ended, places
+  from (
+    select u.place, ids[u.place] as id, m.tid
+    from unnest(places, fences) u(place, fence)
+    cross join lateral (
+      select m.ctid as tid from "pushpop".messages m
+      where m.topic = settle_done.topic and m.id = ids[u.place] and m.fence = u.fence - 1
+        and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+    ) m
+  ) m;
+  if keep > 0 then
+    update "pushpop".messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+  else
+    delete from "pushpop".messages m
+    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  get diagnostics done = row_count;
+  -- Some were reclaimed, or settled by a twin of this call, while this one waited for them.
+  if done < cardinality(target) then
+    select array_agg(u.id), array_agg(u.place) into ended, places
+    from unnest(ended, places) u(id, place)
+    left join lateral (
+      select m.id, m.done_at from "pushpop".messages m where m.topic = settle_done.topic and m.id = u.id offset 0
+    ) m on true
+    where case when keep > 0 then m.done_at = moment else m.id is null end;
+    if cardinality(ended) > done then
+      return null;
+    end if;
+  end if;
+  if keep > 0 then
+    insert into "pushpop".history (topic, delete_at, id, n, ids)
+    select settle_done.topic, moment + keep * interval '1 second', ended[p], least(250, cardinality(ended) - p + 1),
+           ended[p : p + 249]
+    from generate_series(1, cardinality(ended), 250) p;
+  end if;
+  return places;
+end
+$$;
+CREATE FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[] DEFAULT NULL::double precision[], errors text[] DEFAULT NULL::text[], keep double precision DEFAULT 3600, tidy boolean DEFAULT false) RETURNS TABLE(place integer, result text, lease_until timestamp with time zone)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment  timestamptz := clock_timestamp();
+  wanted  integer := cardinality(ids);
+  places  integer[];  -- of the leases that are proved
+  fences  integer[];  -- the numbers of their deliveries
+  settled integer[];
+  one     record;
+begin
+  perform "pushpop".check_topic(settle_many.topic);
+  perform "pushpop".check_settle(ids, tokens, outcomes, delays, errors, keep);
+  if wanted = 1 and outcomes <@ '{complete,discard}' then
+    if "pushpop".settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
+      perform "pushpop".make_durable();
+      return;
+    end if;
+  end if;
+  with asked as materialized (
+    select u.place::integer as place, u.id, u.token, substring(u.token from 1 for 16) as key,
+           get_byte(u.token, 16) * 256 + get_byte(u.token, 17) as slot
+    from unnest(ids, tokens) with ordinality u(id, token, place)
+    where octet_length(u.token) = 22
+  ),
+  lease as materialized (
+    select k.key, l.ids, l.fences
+    from (select distinct a.key from asked a offset 0) k
+    cross join lateral (
+      select l.ids, l.fences from "pushpop".leases l where l.topic = settle_many.topic and l.key = k.key offset 0
+    ) l
+  )
+  select array_agg(a.place order by a.id), array_agg(l.fences[a.slot] order by a.id) into places, fences
+  from asked a join lease l on l.key = a.key
+  where l.ids[a.slot] = a.id and substring(a.token from 19) = int4send(l.fences[a.slot]);
+  -- A lease that was extended has a row of its own, which may outlive the other.
+  if coalesce(cardinality(places), 0) < wanted then
+    select array_agg(p.place order by p.id), array_agg(p.fence order by p.id) into places, fences
+    from (
+      select u.place, ids[u.place] as id, u.fence from unnest(places, fences) u(place, fence)
+      union
+      select a.place::integer, a.id, l.fences[1]
+      from unnest(ids, tokens) with ordinality a(id, token, place)
+      cross join lateral (
+        select l.fences from "pushpop".leases l
+        where l.topic = settle_many.topic and l.key = a.token and l.ids[1] = a.id offset 0
+      ) l
+    ) p;
+  end if;
+  if places is null then
+    null;
+  elsif outcomes <@ '{complete}' or outcomes <@ '{discard}' then
+    settled := "pushpop".settle_done(settle_many.topic, ids, places, fences, outcomes[1], moment, keep);
+  else
+    if outcomes && '{complete,discard}' then
+      select array_agg(p) into settled
+      from (
+        select o.outcome, array_agg(u.place order by u.ordinal) as places, array_agg(u.fence order by u.ordinal) as fences
+        from unnest(places, fences) with ordinality u(place, fence, ordinal)
+        join unnest(outcomes) with ordinality o(outcome, place) on o.place = u.place
+        where o.outcome in ('complete', 'discard')
+        group by o.outcome
+      ) alike
+      cross join lateral unnest("pushpop".settle_done(settle_many.topic, ids, alike.places, alike.fences, alike.outcome, moment, keep)) p;
+    end if;
+    for one in
+      select u.place, u.fence, outcomes[u.place] as outcome from unnest(places, fences) u(place, fence)
+    loop
+      if one.outcome = 'extend' then
+        lease_until := "pushpop".extend_lease(settle_many.topic, ids[one.place], one.fence, tokens[one.place],
+                                            moment + delays[one.place] * interval '1 second');
+        if lease_until is not null then
+          place := one.place;
+          result := 'extended';
+          return next;
+          settled := settled || one.place;
+        end if;
+      elsif one.outcome in ('defer', 'release', 'fail') then
+        if "pushpop".give_back(settle_many.topic, ids[one.place], one.fence, one.outcome, moment,
+                             delays[one.place], errors[one.place]) then
+          settled := settled || one.place;
+        end if;
+      end if;
+    end loop;
+  end if;
+  if tidy and settled is not null then
+    perform "pushpop".tidy_lease(settle_many.topic, k.key, k.used)
+    from (
+      select substring(u.token from 1 for 16) as key, count(*)::integer as used
+      from unnest(tokens, outcomes) with ordinality u(token, outcome, place)
+      where (cardinality(settled) = wanted or u.place = any (settled)) and u.outcome <> 'extend'
+      group by 1 order by 1
+    ) k;
+  end if;
+  perform "pushpop".make_durable();
+  -- What was not settled now may have been settled by the same lease before.
+  if coalesce(cardinality(settled), 0) < wanted then
+    return query
+      select a.place::integer, case when m.id is null then 'gone' else 'lost' end, null::timestamptz
+      from unnest(ids, tokens, outcomes) with ordinality a(id, token, outcome, place)
+      left join lateral (
+        select m.id, m.fence, m.state from "pushpop".messages m
+        where m.topic = settle_many.topic and m.id = a.id offset 0
+      ) m on true
+      where (settled is null or a.place <> all (settled))
+        and not coalesce(int4send(m.fence) = substring(a.token from 19)
+          and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
+                when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
+                when 'fail' then m.state in ('f', 'z') else false end, false);
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+declare
+  problem text;
+begin
+  select s.result into problem
+  from "pushpop".settle_many(settle_one.topic, array[settle_one.id], array[settle_one.token], array[outcome],
+                           array[delay], array[error], keep) s
+  where s.result <> 'extended';
+  if found then
+    raise exception 'the lease of message % of topic % is lost', settle_one.id, settle_one.topic
+      using errcode = 'PP001',
+            detail = case problem when 'gone' then 'the message is not stored any more'
+                       else 'it expired and was handed on, or was settled before' end;
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  lease_key bytea := substring(token from 1 for 16);
+  slot      integer;
+  delivery  integer;
+begin
+  if octet_length(token) is distinct from 22 then
+    return false;
+  end if;
+  slot := get_byte(token, 16) * 256 + get_byte(token, 17);
+  select l.fences[slot] into delivery from "pushpop".leases l
+  where l.topic = settle_single.topic and l.key = lease_key and l.ids[slot] = settle_single.id;
+  if not found or int4send(delivery) is distinct from substring(token from 19) then
+    return false;
+  elsif keep > 0 then
+    update "pushpop".messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+    if found then
+      insert into "pushpop".history (topic, delete_at, id, n, ids)
+      values (settle_single.topic, moment + keep * interval '1 second', settle_single.id, 1, array[settle_single.id]);
+    end if;
+  else
+    delete from "pushpop".messages m
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  if found and tidy then
+    perform "pushpop".tidy_lease(settle_single.topic, lease_key, 1);
+    return true;
+  end if;
+  return found;
+end
+$$;
+CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    AS $$
+#variable_conflict use_column
+declare
+  exact   constant bigint := 10000;
+  start   timestamptz := "pushpop".bottom(topic);
+  expired bigint := 0;
+  doomed  bigint := 0;
+  oldest  timestamptz;
+  recent  record;
+begin
+  perform "pushpop".check_topic(stats.topic);
+  at := clock_timestamp();
+  select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
+  from "pushpop".figures f where f.topic = stats.topic;
+  if recent.at between at - interval '2 seconds' and at then
+    at := recent.at;
+    ready := recent.ready;
+    delayed := recent.delayed;
+    leased := recent.leased;
+    settled := recent.settled;
+    dead := recent.dead;
+    oldest_ready_at := recent.oldest_ready_at;
+    return;
+  end if;
+  select coalesce(sum(q.n) filter (where q.ready_at <= at), 0), coalesce(sum(q.n) filter (where q.ready_at > at), 0),
+         min(q.ready_at) filter (where q.ready_at <= at)
+  into ready, delayed, oldest_ready_at
+  from "pushpop".runs q where q.topic = stats.topic and q.ready_at >= start;
+  -- Leases may hold messages that were settled in their holder's transaction. While there are not
+  -- too many, look at each.
+  select coalesce(sum(cardinality(l.ids)), 0), coalesce(sum(l.open) filter (where l.lease_until > at), 0)
+  into expired, leased
+  from "pushpop".leases l where l.topic = stats.topic;
+  if expired <= exact then
+    select count(distinct m.id) filter (where l.lease_until > at),
+           count(distinct m.id) filter (where l.lease_until <= at and not m.doomed),
+           count(distinct m.id) filter (where l.lease_until <= at and m.doomed),
+           min(m.ready_at) filter (where l.lease_until <= at and not m.doomed)
+    into leased, expired, doomed, oldest
+    from (
+      select u.id, u.fence, max(l.lease_until) as lease_until
+      from (select l.ids, l.fences, l.lease_until from "pushpop".leases l where l.topic = stats.topic offset 0) l
+      cross join lateral unnest(l.ids, l.fences) u(id, fence)
+      group by u.id, u.fence
+    ) l
+    cross join lateral (
+      select m.id, m.ready_at, coalesce(m.attempt + 1 >= m.max_attempts, false) as doomed from "pushpop".messages m
+      where m.topic = stats.topic and m.id = l.id and m.fence = l.fence - 1 and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+    ) m;
+    ready := ready + expired;
+    oldest_ready_at := least(oldest_ready_at, oldest);
+  end if;
+  select coalesce(sum(h.n), 0) into settled from "pushpop".history h where h.topic = stats.topic;
+  select count(*) + doomed into dead from "pushpop".dead d where d.topic = stats.topic;
+  if clock_timestamp() > at + interval '10 milliseconds' and current_setting('transaction_read_only') = 'off' then
+    if recent.at is null then
+      insert into "pushpop".figures (topic, at, ready, delayed, leased, settled, dead, oldest_ready_at)
+      values (stats.topic, at, ready, delayed, leased, settled, dead, oldest_ready_at)
+      on conflict do nothing;
+    else
+      update "pushpop".figures f
+      set at = stats.at, ready = stats.ready, delayed = stats.delayed, leased = stats.leased, settled = stats.settled,
+          dead = stats.dead, oldest_ready_at = stats.oldest_ready_at
+      where f.topic = (select g.topic from "pushpop".figures g where g.topic = stats.topic for update skip locked);
+    end if;
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) RETURNS uuid[]
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  run   record;
+  whole tid[];
+  ids   uuid[];
+  want  integer := max;
+  -- One row at a time: what is fetched is locked, and must be taken.
+  front cursor for
+    select q.ctid as tid, q.n, q.ids from "pushpop".runs q
+    where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
+    order by q.ready_at, q.pushed_at, q.place, q.id
+    for update skip locked;
+begin
+  if max = 1 then
+    select q.ctid as tid, q.n, q.ids into run from "pushpop".runs q
+    where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
+    order by q.ready_at, q.pushed_at, q.place, q.id
+    limit 1 for update skip locked;
+    if not found then
+      return null;
+    elsif run.n = 1 then
+      delete from "pushpop".runs q where q.topic = take_runs.topic and q.ctid = run.tid;
+      return run.ids;
+    end if;
+    update "pushpop".runs q
+    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+    where q.topic = take_runs.topic and q.ctid = run.tid;
+    return run.ids[1 : 1];
+  end if;
+  open front;
+  loop
+    fetch front into run;
+    exit when not found;
+    if run.n <= want then
+      whole := whole || run.tid;
+      ids := ids || run.ids;
+      want := want - run.n;
+    else
+      ids := ids || run.ids[1 : want];
+      update "pushpop".runs q
+      set n = q.n - want, place = q.place + want, id = q.ids[want + 1], ids = q.ids[want + 1 :]
+      where q.topic = take_runs.topic and q.ctid = run.tid;
+      want := 0;
+    end if;
+    exit when want = 0;
+  end loop;
+  close front;
+  if whole is not null then
+    delete from "pushpop".runs q where q.topic = take_runs.topic and q.ctid = any (whole);
+  end if;
+  return ids;
+end
+$$;
+CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  lease record;
+begin
+  select l.open, l.ctid as tid into lease from "pushpop".leases l
+  where l.topic = tidy_lease.topic and l.key = tidy_lease.key for update skip locked;
+  if lease.open <= used then
+    delete from "pushpop".leases l where l.topic = tidy_lease.topic and l.ctid = lease.tid;
+  elsif lease.open > used then
+    update "pushpop".leases l set open = l.open - used where l.topic = tidy_lease.topic and l.ctid = lease.tid;
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.topic_names() RETURNS SETOF text
+    LANGUAGE sql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    SET jit TO 'off'
+    AS $$
+  with recursive names as (
+    (select m.topic from "pushpop".messages m order by m.topic limit 1)
+    union all
+    select (select m.topic from "pushpop".messages m where m.topic > n.topic order by m.topic limit 1)
+    from names n where n.topic is not null
+  )
+  select n.topic from names n where n.topic is not null
+$$;
+CREATE FUNCTION pushpop.upkeep(topic text, max integer DEFAULT 1000) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz := clock_timestamp();
+  known  "pushpop".topics;
+  due cursor for
+    select h.ctid as tid, h.n, h.ids from "pushpop".history h
+    where h.topic = upkeep.topic and h.delete_at >= known.deleted_to and h.delete_at <= moment
+    order by h.delete_at, h.id
+    for update skip locked;
+  batch   record;
+  batches tid[];
+  ids     uuid[];
+  want    integer := max;
+  counted bigint;
+begin
+  perform "pushpop".check_topic(upkeep.topic);
+  if max is null or max not between 1 and 100000 then
+    perform "pushpop".refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+  perform "pushpop".reclaim(upkeep.topic, moment, max);
+  perform "pushpop".note_look(upkeep.topic, moment);
+  known := "pushpop".lock_topic(upkeep.topic);
+  if known.topic is null then
+    return 0;
+  end if;
+  -- Once a minute from the beginning: a settle, or a pop, may have committed late.
+  if known.cleared_at not between moment - interval '1 minute' and moment then
+    known.deleted_to := '-infinity';
+    known.reclaimed_to := '-infinity';
+    known.cleared_at := moment;
+  end if;
+  open due;
+  loop
+    fetch due into batch;
+    exit when not found;
+    batches := batches || batch.tid;
+    ids := ids || batch.ids;
+    want := want - batch.n;
+    exit when want <= 0;
+  end loop;
+  close due;
+  delete from "pushpop".messages m
+  where m.topic = upkeep.topic and m.delete_at <= moment and m.ctid = any (array(
+    select m.tid from unnest(ids) u(id)
+    cross join lateral (
+      select m.ctid as tid from "pushpop".messages m where m.topic = upkeep.topic and m.id = u.id offset 0
+    ) m));
+  get diagnostics counted = row_count;
+  delete from "pushpop".history h where h.topic = upkeep.topic and h.ctid = any (batches);
+  update "pushpop".topics t
+  set cleared_at = known.cleared_at,
+      -- A second of grace: what is due now may still be uncommitted.
+      deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
+      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
+        select l.lease_until from "pushpop".leases l
+        where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to
+        order by l.lease_until limit 1)))
+  where t.topic = upkeep.topic;
+  return counted;
+end
+$$;
+CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100) RETURNS SETOF text
+    LANGUAGE sql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    AS $$
+  select n.topic from "pushpop".topic_names() n(topic)
+  where exists (
+      select from "pushpop".history h
+      where h.topic = n.topic and h.delete_at <= statement_timestamp() offset 0)
+    or exists (
+      select from "pushpop".leases l
+      where l.topic = n.topic and l.lease_until <= statement_timestamp() offset 0)
+  limit max
+$$;
+CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, OUT ready boolean, OUT due_in double precision) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz := clock_timestamp();
+  until  timestamptz := moment + interval '30 seconds';
+  known  "pushpop".topics;
+  start  timestamptz;
+  due    timestamptz;
+  ends   timestamptz;
+begin
+  perform "pushpop".check_topic(wait_for.topic);
+  select t.* into known from "pushpop".topics t where t.topic = wait_for.topic;
+  if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
+     or known.wanted_by is distinct from waiter and known.wanted_by is not null then
+    known := "pushpop".lock_topic(wait_for.topic);
+    if known.topic is not null then
+      update "pushpop".topics t
+      set wanted_until = until,
+          wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
+      where t.topic = wait_for.topic;
+    end if;
+  end if;
+  select least(known.low, min(b.ready_at)) into start from "pushpop".behind b where b.topic = wait_for.topic;
+  perform from "pushpop".runs q
+  where q.topic = wait_for.topic and q.ready_at >= coalesce(start, '-infinity') and q.ready_at <= moment limit 1;
+  ready := found;
+  select q.ready_at into due from "pushpop".runs q
+  where q.topic = wait_for.topic and q.ready_at > moment
+  order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
+  select l.lease_until into ends from "pushpop".leases l
+  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity')
+  order by l.lease_until limit 1;
+  due_in := extract(epoch from least(due, ends) - moment);
+end
+$$;
+CREATE FUNCTION pushpop.wait_for_duplicate() RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+begin
+  perform pg_logical_emit_message(true, 'pushpop', 'duplicate');
+end
+$$;
+CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) RETURNS uuid[]
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  patience text := current_setting('lock_timeout');
+  ids      uuid[];
+begin
+  for i in 1..10 loop
+    perform from "pushpop".runs q
+    where q.topic = wait_for_runs.topic and q.ready_at >= start and q.ready_at <= moment limit 1;
+    exit when not found;
+    begin
+      perform set_config('lock_timeout', '1s', true);
+      perform from "pushpop".runs q
+      where q.topic = wait_for_runs.topic and q.ready_at >= start and q.ready_at <= moment
+      order by q.ready_at, q.pushed_at, q.place, q.id
+      limit 1 for update;
+      perform set_config('lock_timeout', patience, true);
+    exception when lock_not_available then
+      return null;
+    end;
+    ids := "pushpop".take_runs(wait_for_runs.topic, start, moment, max);
+    exit when ids is not null;
+  end loop;
+  return ids;
+end
+$$;
+CREATE TABLE pushpop.behind (
+    ready_at timestamp with time zone NOT NULL,
+    id uuid NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C"
+);
+CREATE TABLE pushpop.dead (
+    topic text NOT NULL COLLATE pg_catalog."C",
+    died_at timestamp with time zone NOT NULL,
+    id uuid NOT NULL
+);
+CREATE TABLE pushpop.figures (
+    at timestamp with time zone NOT NULL,
+    ready bigint NOT NULL,
+    delayed bigint NOT NULL,
+    leased bigint NOT NULL,
+    settled bigint NOT NULL,
+    dead bigint NOT NULL,
+    oldest_ready_at timestamp with time zone,
+    topic text NOT NULL COLLATE pg_catalog."C"
+)
+WITH (fillfactor='50');
+CREATE TABLE pushpop.history (
+    delete_at timestamp with time zone NOT NULL,
+    n integer NOT NULL,
+    id uuid NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C",
+    ids uuid[] NOT NULL
+)
+WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
+ALTER TABLE ONLY pushpop.history ALTER COLUMN ids SET STORAGE PLAIN;
+CREATE TABLE pushpop.leases (
+    lease_until timestamp with time zone NOT NULL,
+    open integer NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C",
+    key bytea NOT NULL,
+    ids uuid[] NOT NULL,
+    fences integer[] NOT NULL
+)
+WITH (fillfactor='80', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
+ALTER TABLE ONLY pushpop.leases ALTER COLUMN ids SET STORAGE PLAIN;
+ALTER TABLE ONLY pushpop.leases ALTER COLUMN fences SET STORAGE PLAIN;
+CREATE TABLE pushpop.messages (
+    pushed_at timestamp with time zone NOT NULL,
+    ready_at timestamp with time zone NOT NULL,
+    done_at timestamp with time zone,
+    delete_at timestamp with time zone,
+    fence integer DEFAULT 0 NOT NULL,
+    attempt integer DEFAULT 0 NOT NULL,
+    place integer NOT NULL,
+    max_attempts smallint,
+    state "char" DEFAULT 'p'::"char" NOT NULL,
+    id uuid NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C",
+    last_error text,
+    headers jsonb,
+    payload bytea NOT NULL
+)
+WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
+ALTER TABLE ONLY pushpop.messages ALTER COLUMN payload SET STORAGE EXTERNAL;
+CREATE TABLE pushpop.migrations (
+    version integer NOT NULL,
+    oldest_crate text NOT NULL,
+    applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
+);
+CREATE TABLE pushpop.runs (
+    ready_at timestamp with time zone NOT NULL,
+    pushed_at timestamp with time zone NOT NULL,
+    place integer NOT NULL,
+    n integer NOT NULL,
+    id uuid NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C",
+    ids uuid[] NOT NULL
+)
+WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
+ALTER TABLE ONLY pushpop.runs ALTER COLUMN ids SET STORAGE PLAIN;
+ALTER TABLE ONLY pushpop.behind
+    ADD CONSTRAINT behind_pkey PRIMARY KEY (topic, ready_at, id);
+ALTER TABLE ONLY pushpop.dead
+    ADD CONSTRAINT dead_pkey PRIMARY KEY (topic, died_at, id);
+ALTER TABLE ONLY pushpop.figures
+    ADD CONSTRAINT figures_pkey PRIMARY KEY (topic);
+ALTER TABLE ONLY pushpop.history
+    ADD CONSTRAINT history_pkey PRIMARY KEY (topic, delete_at, id);
+ALTER TABLE ONLY pushpop.leases
+    ADD CONSTRAINT leases_pkey PRIMARY KEY (topic, key);
+ALTER TABLE ONLY pushpop.messages
+    ADD CONSTRAINT messages_pkey PRIMARY KEY (topic, id);
+ALTER TABLE ONLY pushpop.migrations
+    ADD CONSTRAINT migrations_pkey PRIMARY KEY (version);
+ALTER TABLE ONLY pushpop.runs
+    ADD CONSTRAINT runs_pkey PRIMARY KEY (topic, ready_at, pushed_at, place, id);
+ALTER TABLE ONLY pushpop.topics
+    ADD CONSTRAINT topics_pkey PRIMARY KEY (topic);
+CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until);
+REVOKE ALL ON FUNCTION pushpop.backoff(attempt integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_arrays(wanted integer, others integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_headers(headers jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_payload(payload bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_push(delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_topic(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.find(topic text, id uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.lease_interval(lease double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.lock_topic(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.make_durable() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.refuse(what text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.release(topic text, id uuid, token bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], places integer[], fences integer[], outcome text, moment timestamp with time zone, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) FROM PUBLIC;
