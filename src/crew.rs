@@ -225,6 +225,7 @@ impl Engine {
         outcome: &Outcome,
     ) {
         let closed = state.closed;
+        state.make_room(key);
         let Some(lane) = state.lanes.get_mut(key) else { return };
         lane.flying = false;
         for job in jobs.into_iter().rev() {

@@ -124,7 +124,8 @@ impl Engine {
     fn enqueue(self: &Arc<Self>, state: &mut State, key: Key, add: impl FnOnce(&mut Lane)) -> Result<()> {
         add(state.lanes.entry(key.clone()).or_default());
         state.list(&key);
-        self.start(state)
+        // Otherwise the thread that makes room takes it.
+        if state.has_room(&key) { self.start(state) } else { Ok(()) }
     }
 
     /// Makes sure that somebody takes the next flight.
@@ -167,7 +168,9 @@ impl Engine {
                 lane.signal = true;
                 lane.poll = false;
                 state.list(&key);
-                let _ = self.start(state);
+                if state.has_room(&key) {
+                    let _ = self.start(state);
+                }
             } else {
                 let at = Instant::now() + ready_in;
                 lane.look_at = Some(lane.look_at.map_or(at, |earlier| earlier.min(at)));

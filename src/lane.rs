@@ -37,6 +37,10 @@ pub(crate) trait Task: Send {
     fn run(&self, flight: FlightId, link: Result<&mut Link>);
 }
 
+/// How many flights one topic may have under way: with more of them each carries less, and all
+/// together get less done; with only one, a flight that must wait for a lock would hold up the rest.
+const FLIGHTS: usize = 2;
+
 /// Which lane.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub(crate) enum Key {
@@ -101,6 +105,8 @@ pub(crate) struct State {
     pub(crate) lanes: HashMap<Key, Lane>,
     pub(crate) tasks: VecDeque<Box<dyn Task>>,
     pub(crate) ready: VecDeque<Key>,
+    /// How many flights each topic has under way.
+    pub(crate) flying: HashMap<Arc<str>, usize>,
     pub(crate) airborne: HashMap<FlightId, Airborne>,
     pub(crate) flights: FlightId,
     pub(crate) threads: usize,
@@ -120,8 +126,24 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Whether a flight could start.
     pub(crate) fn has_work(&self) -> bool {
-        !self.ready.is_empty() || !self.tasks.is_empty()
+        !self.tasks.is_empty() || self.ready.iter().any(|key| self.has_room(key))
+    }
+
+    /// Whether a flight of the topic could start.
+    pub(crate) fn has_room(&self, key: &Key) -> bool {
+        self.flying.get(key.topic()).is_none_or(|flights| *flights < FLIGHTS)
+    }
+
+    /// Notes that a flight of the topic has ended.
+    pub(crate) fn make_room(&mut self, key: &Key) {
+        if let Some(flights) = self.flying.get_mut(key.topic()) {
+            *flights -= 1;
+            if *flights == 0 {
+                self.flying.remove(key.topic());
+            }
+        }
     }
 
     /// Puts a lane on the list of those that have work, if that is true and it is not there.
@@ -143,7 +165,8 @@ impl State {
                 return Some((None, Load::Task(task)));
             }
         }
-        while let Some(key) = self.ready.pop_front() {
+        while let Some(next) = self.ready.iter().position(|key| self.has_room(key)) {
+            let Some(key) = self.ready.remove(next) else { break };
             let Some(lane) = self.lanes.get_mut(&key) else { continue };
             lane.listed = false;
             let load = match key {
@@ -153,6 +176,7 @@ impl State {
             };
             if let Some(load) = load {
                 lane.flying = true;
+                *self.flying.entry(Arc::clone(key.topic())).or_default() += 1;
                 return Some((Some(key), load));
             }
             if lane.is_empty() {

@@ -114,7 +114,7 @@ fn use_everything(queue: &Queue, other: &Queue) {
     queue.transaction(|tx| queue.push_in(tx, "t", "h").map(drop)).unwrap();
     let leases = queue.pop_many("t", 2, SOON).unwrap();
     queue.transaction(|tx| leases[0].complete_in(tx)).unwrap();
-    let stats = stats(&queue, "t");
+    let stats = stats(queue, "t");
     assert_eq!((stats.settled(), stats.dead()), (3, 0));
     assert!(!queue.topic("t").peek(10).unwrap().is_empty());
     assert_eq!(queue.topics().unwrap().len(), 1);

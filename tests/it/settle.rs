@@ -119,8 +119,10 @@ fn the_backoff_doubles_up_to_an_hour_with_jitter() {
     }
 }
 
+type Verb = fn(Lease) -> Result<(), SettleError>;
+
 /// The verbs, by name.
-const VERBS: [(&str, fn(Lease) -> Result<(), SettleError>); 5] = [
+const VERBS: [(&str, Verb); 5] = [
     ("complete", Lease::complete),
     ("discard", Lease::discard),
     ("defer", |lease| lease.defer(Duration::from_secs(50))),

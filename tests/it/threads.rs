@@ -61,9 +61,12 @@ fn ten_threads_push_and_pop_a_thousand_each() {
     assert_eq!((stats.ready(), stats.leased(), stats.settled()), (0, 0, 10_000));
 }
 
+/// A flight: its kind, its callers, its rows.
+type Told = (&'static str, usize, usize);
+
 /// Keeps what is told of flights.
 #[derive(Clone, Default)]
-struct Flights(Arc<Mutex<Vec<(&'static str, usize, usize)>>>);
+struct Flights(Arc<Mutex<Vec<Told>>>);
 
 impl Observer for Flights {
     fn flight(&self, event: &Flight<'_>) {
@@ -94,7 +97,7 @@ fn calls_of_many_threads_share_flights() {
     });
     assert_eq!(seen.lock().unwrap().len(), 640);
     for kind in ["push", "pop", "settle"] {
-        let told = |f: &dyn Fn(&(&str, usize, usize)) -> usize| {
+        let told = |f: &dyn Fn(&Told) -> usize| {
             flights.0.lock().unwrap().iter().filter(|e| e.0 == kind).map(f).collect::<Vec<_>>()
         };
         // The last caller may be back before its flight is told.
