@@ -1,6 +1,7 @@
 //! How a queue is opened.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -47,6 +48,7 @@ pub struct Builder {
     migrate: bool,
     pooler: bool,
     open: Arc<Open>,
+    encrypts: bool,
     observer: Arc<dyn Observer>,
 }
 
@@ -66,6 +68,7 @@ impl Default for Builder {
             migrate: true,
             pooler: false,
             open: open_with(NoTls),
+            encrypts: false,
             observer: Arc::new(Silent),
         }
     }
@@ -158,6 +161,7 @@ impl Builder {
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
         self.open = open_with(connector);
+        self.encrypts = true;
         self
     }
 
@@ -237,7 +241,9 @@ impl Builder {
         if config.get_tcp_user_timeout().is_none() {
             config.tcp_user_timeout(self.operation_timeout.min(Duration::from_secs(86_400)));
         }
-        warn_of_plaintext(&config);
+        if !self.encrypts {
+            warn_of_plaintext(&config);
+        }
         let schema = Schema::new(&self.schema);
         let greeting = (!self.pooler).then(|| self.greeting());
         let route = Arc::new(Route::new(&config, Arc::clone(&self.open), self.connect_timeout, greeting));
@@ -319,12 +325,14 @@ impl Builder {
 /// `sslmode=prefer`, the default, goes on without encryption when there is no connector.
 fn warn_of_plaintext(config: &Config) {
     let remote = config.get_hosts().iter().any(|host| match host {
-        Host::Tcp(name) => !matches!(name.as_str(), "localhost" | "127.0.0.1" | "::1"),
+        Host::Tcp(name) => {
+            name != "localhost" && !name.parse().is_ok_and(|address: IpAddr| address.is_loopback())
+        }
         #[cfg(unix)]
         Host::Unix(_) => false,
     });
     if remote && config.get_ssl_mode() == postgres::config::SslMode::Prefer {
-        tracing::debug!("without Builder::tls connections are not encrypted");
+        tracing::warn!("connections to another host are not encrypted: there is no Builder::tls");
     }
 }
 

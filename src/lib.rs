@@ -200,13 +200,13 @@
 //!
 //! # What does it log?
 //!
-//! Events of [`tracing`](https://docs.rs/tracing), which go to [`log`](https://docs.rs/log) where no subscriber
+//! Events of the `tracing` crate, which go to `log` where no subscriber
 //! is set:
 //!
 //! | level | what |
 //! |---|---|
 //! | error | an [`Observer`] panicked |
-//! | warn | the server is lost, once for each outage; a call that was never answered is written off; no thread could be started |
+//! | warn | the server is lost, once for each outage; a call that was never answered is written off; no thread could be started; the server is on another host, and nothing encrypts the connection |
 //! | info | the schema was installed or migrated; the server is back |
 //! | debug | upkeep that was put off, the listener's troubles, connections that broke and were replaced, releases |
 //!
@@ -231,7 +231,7 @@
 //!
 //! # Features
 //!
-//! * `json`: `NewMessage::json` and `Message::json`, by [serde](https://docs.rs/serde).
+//! * `json`: `NewMessage::json` and `Message::json`, by serde.
 
 mod builder;
 mod calls;
