@@ -374,9 +374,9 @@ fn a_listener_that_was_cut_off_listens_again() {
         thread::scope(|scope| {
             let popped = scope.spawn(|| waiting.pop_timeout("t", SOON * 3).unwrap().unwrap());
             until_wanted(&world, &mut client, "t");
-            until_listening(&mut client, &world.schema);
+            until_listening(&world, &mut client);
             assert!(terminate(&world, "query ilike 'listen%'") >= 1);
-            until_listening(&mut client, &world.schema);
+            until_listening(&world, &mut client);
             let started = Instant::now();
             other.push("t", format!("{round}")).unwrap();
             assert_eq!(text(popped.join().unwrap().payload()), format!("{round}"));
@@ -395,7 +395,7 @@ fn a_push_while_the_listener_is_away_is_found() {
     thread::scope(|scope| {
         let popped = scope.spawn(|| waiting.pop_timeout("t", SOON * 3).unwrap().unwrap());
         until_wanted(&world, &mut client, "t");
-        until_listening(&mut client, &world.schema);
+        until_listening(&world, &mut client);
         let started = Instant::now();
         terminate(&world, "query ilike 'listen%'");
         other.push("t", "m").unwrap();

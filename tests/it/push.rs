@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use pushpop_pg::time::OffsetDateTime;
 use pushpop_pg::{ErrorKind, NewMessage, Queue, State, uuid::Uuid};
 
-use crate::world::{World, drain, pop, pop_many, text, until};
+use crate::world::{World, drain, pop, pop_many, text, until_locked};
 
 #[test]
 fn smoke() {
@@ -359,10 +359,7 @@ fn an_uncommitted_twin_delays_only_its_own_push() {
     thread::scope(|scope| {
         // The first flight waits for a lock, so that the others gather in one behind it.
         let ahead = scope.spawn(|| queue.push("t", first.clone()));
-        until("the first flight waits", || {
-            let sql = "select from pg_stat_activity where application_name = $1 and wait_event_type = 'Lock'";
-            admin.query_opt(sql, &[&world.schema]).unwrap().is_some()
-        });
+        until_locked(&world, &mut admin);
         let started = Instant::now();
         let alike = scope.spawn(|| queue.push("t", twin.clone()));
         let neighbours: Vec<_> = (0..20)

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 
 use pushpop_pg::{ErrorKind, Flight, NewMessage, Observer, Queue, State};
 
-use crate::world::{SOON, World, drain, pop, pop_many, stats, text, until, until_wanted};
+use crate::world::{
+    SOON, World, drain, has_connection, pop, pop_many, stats, text, until, until_locked, until_wanted,
+};
 
 #[test]
 fn smoke() {
@@ -279,10 +281,7 @@ fn closing_ends_the_threads_in_the_end() {
     queue.close();
     drop(queue);
     let mut client = world.client();
-    until("connections end", || {
-        let sql = "select from pg_stat_activity where application_name = $1";
-        client.query_opt(sql, &[&world.schema]).unwrap().is_none()
-    });
+    until("connections end", || !has_connection(&world, &mut client, "true"));
 }
 
 /// Counts what was handed out to nobody.
@@ -325,10 +324,7 @@ fn a_message_popped_while_closing_is_released() {
     let mut admin = world.client();
     thread::scope(|scope| {
         let popping = scope.spawn(|| queue.pop("t").unwrap_err());
-        until("the pop waits for the lock", || {
-            let sql = "select from pg_stat_activity where application_name = $1 and wait_event_type = 'Lock'";
-            admin.query_opt(sql, &[&world.schema]).unwrap().is_some()
-        });
+        until_locked(&world, &mut admin);
         queue.close();
         assert_eq!(popping.join().unwrap().kind(), ErrorKind::Closed);
     });
@@ -366,14 +362,10 @@ fn pops_with_timeouts_lose_nothing() {
         }
     });
     let mut ids: HashSet<_> = popped.try_iter().collect();
-    loop {
-        let rest = queue.pop_many("t", 1000, Duration::from_secs(1)).unwrap();
-        if rest.is_empty() {
-            break;
-        }
-        ids.extend(rest.iter().map(|l| l.id()));
-    }
-    assert_eq!(ids.len(), n);
+    until("all are popped", || {
+        ids.extend(pop_many(&queue, "t", 1000).iter().map(|l| l.id()));
+        ids.len() == n
+    });
     assert_eq!(stats(&queue, "t").ready(), 0);
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use pushpop_pg::{Error, ErrorKind, NewMessage, State};
 
-use crate::world::{SOON, World, drain, pop, stats, text, until};
+use crate::world::{SOON, World, drain, has_connection, pop, stats, text, until, until_listening};
 
 #[test]
 fn smoke() {
@@ -81,7 +81,7 @@ fn nobody_is_woken_before_the_commit() {
     thread::scope(|scope| {
         scope.spawn(|| popped.send(text(pop(&queue, "t").payload())).unwrap());
         crate::world::until_wanted(&world, &mut client, "t");
-        crate::world::until_listening(&mut client, &world.schema);
+        until_listening(&world, &mut client);
         let mut tx = client.transaction().unwrap();
         queue.push_in(&mut tx, "t", "m").unwrap();
         assert!(wait.recv_timeout(Duration::from_millis(500)).is_err());
@@ -226,9 +226,7 @@ fn an_error_or_a_panic_of_the_work_rolls_back() {
     queue.push("t", "after").unwrap();
     assert_eq!(drain(&queue, "t"), ["after"]);
     until("no transaction is left open", || {
-        let sql =
-            "select from pg_stat_activity where application_name = $1 and state like 'idle in transaction%'";
-        client.query_opt(sql, &[&world.schema]).unwrap().is_none()
+        !has_connection(&world, &mut client, "state like 'idle in transaction%'")
     });
 }
 

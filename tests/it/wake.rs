@@ -63,7 +63,7 @@ fn a_push_of_another_process_wakes() {
     let (waiting, other) = (patient(&world), patient(&world));
     for i in 0..5 {
         let (payload, took) = woken(&world, &waiting, "t", || {
-            until_listening(&mut world.client(), &world.schema);
+            until_listening(&world, &mut world.client());
             other.push("t", format!("{i}")).unwrap();
         });
         assert!(payload == format!("{i}") && took < WOKEN, "{took:?}");
@@ -80,7 +80,7 @@ fn a_push_by_sql_wakes() {
         "select pushpop.push_many('t', array[gen_random_uuid()], array['m'::bytea])",
     ] {
         let (payload, took) = woken(&world, &waiting, "t", || {
-            until_listening(&mut world.client(), &world.schema);
+            until_listening(&world, &mut world.client());
             client.batch_execute(&world.sql(call)).unwrap();
         });
         assert!(payload == "m" && took < WOKEN, "{took:?}");
@@ -119,7 +119,7 @@ fn a_delayed_message_wakes_when_it_is_due() {
     let delay = Duration::from_secs(1);
     for pushes in [&waiting, &other] {
         let (payload, took) = woken(&world, &waiting, "t", || {
-            until_listening(&mut world.client(), &world.schema);
+            until_listening(&world, &mut world.client());
             pushes.push("t", NewMessage::new("m").delay(delay)).unwrap();
         });
         assert_eq!(payload, "m");
@@ -228,7 +228,7 @@ fn many_waiting_threads_cost_one_listener_and_few_connections() {
         for i in 0..16 {
             until_wanted(&world, &mut client, &format!("t{i}"));
         }
-        until_listening(&mut client, &world.schema);
+        until_listening(&world, &mut client);
         // Once all have looked for themselves, nothing is sent any more.
         let mut queries = || {
             let sql = "select max(query_start)::text from pg_stat_activity where application_name = $1";

@@ -1,6 +1,7 @@
 //! Where a test lives: a schema of its own on a server that all share.
 
-use std::sync::OnceLock;
+use std::io::Write as _;
+use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -36,13 +37,39 @@ pub(crate) struct World {
     pub(crate) schema: String,
 }
 
+/// Worlds that are in use: the schema, its test, and since when.
+static OPEN: Mutex<Vec<(String, String, Instant)>> = Mutex::new(Vec::new());
+
+/// A test that hangs is named, and fails: a thread that panics within a scope waits for its siblings for ever.
+fn watch() {
+    static WATCHING: OnceLock<()> = OnceLock::new();
+    WATCHING.get_or_init(|| {
+        thread::spawn(|| {
+            loop {
+                thread::sleep(SOON / 10);
+                for (schema, test, since) in OPEN.lock().unwrap().iter() {
+                    if since.elapsed() > SOON * 6 {
+                        // Not eprintln: what a test prints is shown when it ends.
+                        let _ = writeln!(std::io::stderr(), "test {test} hangs (schema {schema})");
+                        std::process::abort();
+                    }
+                }
+            }
+        });
+    });
+}
+
 impl World {
     pub(crate) fn new() -> World {
         World::on(url())
     }
 
     pub(crate) fn on(url: &str) -> World {
-        World { url: url.to_owned(), schema: unique("it") }
+        watch();
+        let schema = unique("it");
+        let test = thread::current().name().unwrap_or_default().to_owned();
+        OPEN.lock().unwrap().push((schema.clone(), test, Instant::now()));
+        World { url: url.to_owned(), schema }
     }
 
     /// A builder for this schema, whose connections go by its name.
@@ -75,6 +102,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
+        OPEN.lock().unwrap().retain(|(schema, ..)| *schema != self.schema);
         let dropped = Client::connect(&self.url, NoTls).and_then(|mut client| {
             client.batch_execute(&format!(
                 "set client_min_messages = warning; set lock_timeout = '2s'; drop schema if exists {} cascade",
@@ -146,13 +174,22 @@ pub(crate) fn until_wanted(world: &World, client: &mut Client, topic: &str) {
     until("somebody waits", || client.query_opt(&sql, &[&topic]).unwrap().is_some());
 }
 
-/// Waits until a queue of this application name listens.
+/// Whether the queue of this world has a connection of which that is true.
+pub(crate) fn has_connection(world: &World, client: &mut Client, condition: &str) -> bool {
+    let sql = format!("select from pg_stat_activity where application_name = $1 and ({condition}) limit 1");
+    client.query_opt(&sql, &[&world.schema]).unwrap().is_some()
+}
+
+/// Waits until a connection of the queue waits for a lock.
 #[track_caller]
-pub(crate) fn until_listening(client: &mut Client, application: &str) {
-    until("somebody listens", || {
-        let sql = "select from pg_stat_activity where application_name = $1 and query ilike 'listen%' and state = 'idle'";
-        client.query_opt(sql, &[&application]).unwrap().is_some()
-    });
+pub(crate) fn until_locked(world: &World, client: &mut Client) {
+    until("a call waits for a lock", || has_connection(world, client, "wait_event_type = 'Lock'"));
+}
+
+/// Waits until the queue listens.
+#[track_caller]
+pub(crate) fn until_listening(world: &World, client: &mut Client) {
+    until("it listens", || has_connection(world, client, "query ilike 'listen%' and state = 'idle'"));
 }
 
 /// A server of one test's own, or of a few, that asks for passwords.

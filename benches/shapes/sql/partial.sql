@@ -78,12 +78,15 @@ as $$
 #variable_conflict use_column
 declare
   batch record;
+  low   timestamptz;
   first timestamptz;
   n     bigint := 0;
 begin
+  select t.low_lease into low from topics t where t.topic = expire.topic;
   for batch in
     select a.ctid as at, a.ids from agenda a
-    where a.topic = expire.topic and a.what = 'l' and a.at <= moment
+    where a.topic = expire.topic and a.what = 'l'
+      and a.at >= coalesce(low, '-infinity') and a.at <= moment
     order by a.at limit 10 for update skip locked
   loop
     n := n + 1;

@@ -116,12 +116,15 @@ as $$
 #variable_conflict use_column
 declare
   ended record;
+  low   timestamptz;
   first timestamptz;
   n     bigint := 0;
 begin
+  select t.low_lease into low from topics t where t.topic = expire.topic;
   for ended in
     select l.ctid as at, l.ids, l.fences from leases l
-    where l.topic = expire.topic and l.lease_until > '-infinity' and l.lease_until <= moment
+    where l.topic = expire.topic and l.lease_until > '-infinity'
+      and l.lease_until >= coalesce(low, '-infinity') and l.lease_until <= moment
     order by l.lease_until limit 10 for update skip locked
   loop
     n := n + 1;

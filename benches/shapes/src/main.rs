@@ -206,9 +206,9 @@ impl Bench {
     /// A pop that finds nothing.
     fn delayed(&self) -> Result<()> {
         let many = self.size(200_000, 50_000);
-        println!("\nA pop of one that finds nothing: median of 500, in us");
-        println!("| shape | empty | {many} delayed | ratio |");
-        println!("|---|---:|---:|---:|");
+        println!("\nA pop of one that finds nothing: medians of 500");
+        println!("| shape | CPU us, empty | {many} delayed | ratio | time us, empty | {many} delayed |");
+        println!("|---|---:|---:|---:|---:|---:|");
         for shape in self.queues() {
             let mut queue = Queue::create(&self.url, shape)?;
             let empty = median_pop(&mut queue, false)?;
@@ -218,7 +218,7 @@ impl Bench {
             }
             let full = median_pop(&mut queue, false)?;
             queue.check(i64::try_from(many)?)?;
-            println!("| {} | {empty:.0} | {full:.0} | {:.2} |", shape.name(), full / empty);
+            print_pair(shape, [empty, full]);
         }
         Ok(())
     }
@@ -226,31 +226,25 @@ impl Bench {
     /// A pop of one beside leased messages, all popped one by one.
     fn inflight(&self) -> Result<()> {
         let many = self.size(10_000, 2_000);
-        println!("\nA pop of one beside messages in flight: median of 500, in us");
-        println!("| shape | 10 in flight | {many} in flight | ratio |");
-        println!("|---|---:|---:|---:|");
+        println!("\nA pop of one beside messages in flight: medians of 500");
+        println!("| shape | CPU us, 10 in flight | {many} | ratio | time us, 10 in flight | {many} |");
+        println!("|---|---:|---:|---:|---:|---:|");
         for shape in self.queues() {
             let mut queue = Queue::create(&self.url, shape)?;
             for _ in 0..(many + 2_000) / 1_000 {
                 queue.push(1_000)?;
             }
             let mut held = Vec::new();
-            let mut figures = Vec::new();
-            for in_flight in [10, many] {
+            let mut figures = [Cost::default(); 2];
+            for (in_flight, figure) in [10, many].into_iter().zip(&mut figures) {
                 while held.len() < in_flight {
                     held.extend(queue.pop_all(1)?);
                 }
-                figures.push(median_pop(&mut queue, true)?);
+                *figure = median_pop(&mut queue, true)?;
             }
             queue.settle(&held, false)?;
             queue.drain(0)?;
-            println!(
-                "| {} | {:.0} | {:.0} | {:.2} |",
-                shape.name(),
-                figures[0],
-                figures[1],
-                figures[1] / figures[0]
-            );
+            print_pair(shape, figures);
         }
         Ok(())
     }
@@ -302,14 +296,6 @@ impl Bench {
             let costs = queue.take_costs()?;
             let n = (total / 10) as f64;
             let wall: f64 = costs.iter().map(|c| c.wall).sum();
-            eprintln!(
-                "{:.0} {:.2} {:.2} {:.2} {:.2}",
-                n / wall * 1e6,
-                cpu(&costs) / n,
-                costs[0].cpu / n,
-                costs[1].cpu / n,
-                costs[2].cpu / n
-            );
             tenths.push([n / wall * 1e6, cpu(&costs) / n, costs[1].cpu / n]);
         }
         queue.drain(0)?;
@@ -387,20 +373,35 @@ fn end_of_lease(queue: &mut Queue, kept: i64) -> Result<()> {
     Ok(())
 }
 
-/// The median time of a pop of one, in microseconds, and settles what it found.
-fn median_pop(queue: &mut Queue, found: bool) -> Result<f64> {
-    let mut times = Vec::new();
+/// The medians of a pop of one, and settles what it found.
+fn median_pop(queue: &mut Queue, found: bool) -> Result<Cost> {
+    let mut costs = Vec::new();
     for _ in 0..500 {
         queue.take_costs()?;
         let leases = queue.pop(1)?;
-        times.push(queue.take_costs()?[1].wall);
+        costs.push(queue.take_costs()?[1]);
         if leases.is_empty() == found {
             return Err(format!("popped {} messages", leases.len()).into());
         } else if found {
             queue.settle(&leases, false)?;
         }
     }
-    Ok(median(times))
+    Ok(Cost {
+        cpu: median(costs.iter().map(|c| c.cpu).collect()),
+        wall: median(costs.iter().map(|c| c.wall).collect()),
+    })
+}
+
+fn print_pair(shape: Shape, [a, b]: [Cost; 2]) {
+    println!(
+        "| {} | {:.0} | {:.0} | {:.2} | {:.0} | {:.0} |",
+        shape.name(),
+        a.cpu,
+        b.cpu,
+        b.cpu / a.cpu,
+        a.wall,
+        b.wall
+    );
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
