@@ -316,3 +316,13 @@ pub(crate) enum Verdict {
     /// No such message is stored any more.
     Gone,
 }
+
+impl Verdict {
+    pub(crate) fn read(result: &str, until: Option<OffsetDateTime>) -> Self {
+        match (result, until) {
+            ("extended", Some(until)) => Verdict::Extended(until),
+            ("gone", _) => Verdict::Gone,
+            _ => Verdict::Lost,
+        }
+    }
+}

@@ -3,7 +3,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::engine::{Engine, STRAYS};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{Airborne, Key, Load, PopJob, State};
+use crate::lane::{ALONE, Airborne, Cargo, Load, PopJob, State};
 use crate::link::Links;
 use crate::slot::{FlightId, lock};
 
@@ -23,10 +23,10 @@ const IDLE: Duration = Duration::from_secs(30);
 
 impl Engine {
     pub(crate) fn fly(self: Arc<Self>) {
-        loop {
-            let Some((id, key, load)) = self.next_flight() else { return };
+        let mut answered = 0;
+        while let Some((id, load)) = self.next_flight(answered) {
             let started = Instant::now();
-            let outcome = match &load {
+            let own = match load {
                 Load::Task(task) => {
                     let ran = catch_unwind(AssertUnwindSafe(|| match self.link() {
                         Ok(mut link) => task.run(id, Ok(&mut link)),
@@ -35,49 +35,36 @@ impl Engine {
                     if ran.is_err() {
                         task.run(id, Err(Error::panicked()));
                     }
-                    Outcome::default()
+                    answered = 1;
+                    self.landed(id, None)
                 }
-                load => {
-                    let topic = key.as_ref().map(Key::topic).cloned().unwrap_or_default();
-                    let lease = match &key {
-                        Some(Key::Pop(_, lease)) => Duration::from_millis(*lease),
-                        _ => Duration::ZERO,
-                    };
-                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &topic, lease, load)));
-                    carried.unwrap_or_else(|_| Outcome::failed(Error::panicked()))
+                Load::Shared(topic, cargo) => {
+                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &topic, &cargo)));
+                    let outcome = carried.unwrap_or_else(|_| Outcome::failed(Error::panicked()));
+                    answered = cargo.callers();
+                    self.tell(id, &topic, &cargo, &outcome, started);
+                    self.landed(id, Some((topic, cargo, outcome)))
                 }
             };
-            if !self.landed(id, key, load, outcome, started) {
+            if !own {
                 return;
             }
         }
     }
 
-    pub(crate) fn next_flight(self: &Arc<Self>) -> Option<(FlightId, Option<Key>, Load)> {
+    fn next_flight(self: &Arc<Self>, answered: usize) -> Option<(FlightId, Load)> {
         let mut rested = false;
         let mut state = lock(&self.state);
         loop {
+            if state.has_work() && state.in_use < self.settings.pool_size {
+                state = self.gather(state, answered);
+            }
             if state.in_use < self.settings.pool_size {
                 state.flights += 1;
                 let id = state.flights;
-                if let Some((key, load)) = state.take(id) {
-                    let waiting = match &load {
-                        Load::Pop { jobs, .. } => jobs
-                            .iter()
-                            .filter(|job| job.waits)
-                            .map(|job| PopJob { max: job.max, waits: true, slot: Arc::clone(&job.slot) })
-                            .collect(),
-                        _ => Vec::new(),
-                    };
-                    let since = Instant::now();
-                    state.in_use += 1;
-                    state.airborne.insert(id, Airborne { key: key.clone(), since, waiting });
-                    self.wake_keeper(&mut state, since + self.patience());
-                    if state.has_work() {
-                        // A failure to start another thread leaves the work to this one.
-                        let _ = self.start(&mut state);
-                    }
-                    return Some((id, key, load));
+                if let Some(load) = state.take(id) {
+                    self.take_off(&mut state, id, &load);
+                    return Some((id, load));
                 }
             }
             if state.ended {
@@ -110,6 +97,47 @@ impl Engine {
         None
     }
 
+    /// Lets those who were just answered come back before the next flight leaves, for as long as
+    /// each turn of theirs brings requests. There is no clock in it: a lone caller waits for nobody,
+    /// and nobody for callers that do not come.
+    fn gather<'a>(&'a self, mut state: MutexGuard<'a, State>, answered: usize) -> MutexGuard<'a, State> {
+        if answered < 2 {
+            return state;
+        }
+        let (mut calm, until) = (0, Instant::now() + SPIN * 3);
+        state.spinning += 1;
+        while calm < 2 && Instant::now() < until {
+            let before = state.gathered;
+            drop(state);
+            thread::yield_now();
+            state = lock(&self.state);
+            calm = if state.gathered > before { 0 } else { calm + 1 };
+        }
+        state.spinning -= 1;
+        state
+    }
+
+    fn take_off(self: &Arc<Self>, state: &mut State, id: FlightId, load: &Load) {
+        let since = Instant::now();
+        let (topic, waiting) = match load {
+            Load::Shared(topic, cargo) => {
+                let waiting = match cargo {
+                    Cargo::Pop(pops) => pops.jobs.iter().filter(|job| job.waits).cloned().collect(),
+                    _ => Vec::new(),
+                };
+                (Some(Arc::clone(topic)), waiting)
+            }
+            Load::Task(_) => (None, Vec::new()),
+        };
+        state.in_use += 1;
+        state.airborne.insert(id, Airborne { topic, since, waiting });
+        self.wake_keeper(state, since + ALONE);
+        if state.has_work() {
+            // A failure to start another thread leaves the work to this one.
+            let _ = self.start(state);
+        }
+    }
+
     /// A connection, or a place for one.
     pub(crate) fn link(&self) -> Result<r2d2::PooledConnection<Links>> {
         self.pool
@@ -117,92 +145,67 @@ impl Engine {
             .map_err(|_| Error::connection(format!("{STRAYS} connections do not answer; no more are opened")))
     }
 
-    pub(crate) fn carry(
-        self: &Arc<Self>,
-        id: FlightId,
-        topic: &Arc<str>,
-        lease: Duration,
-        load: &Load,
-    ) -> Outcome {
+    fn carry(self: &Arc<Self>, id: FlightId, topic: &str, cargo: &Cargo) -> Outcome {
         let mut link = match self.link() {
             Ok(link) => link,
             Err(e) => return Outcome::failed(e),
         };
         let deadline = Instant::now() + self.settings.operation_timeout;
         let mut flight = crate::flight::Flight { engine: self, link: &mut link, topic, id, deadline };
-        let outcome = match load {
-            Load::Push(jobs) => flight.push(jobs),
-            Load::Settle(jobs) => flight.settle(jobs),
-            Load::Pop { jobs, poll, registered } => flight.pop(jobs, lease, *poll, *registered),
-            Load::Task(_) => Outcome::default(),
-        };
+        let outcome = flight.carry(cargo);
         if link.was_renewed() {
             self.observe(|observer| observer.reconnected());
         }
         outcome
     }
 
-    /// Ends a flight. Returns whether its thread still belongs to the queue.
-    pub(crate) fn landed(
-        self: &Arc<Self>,
-        id: FlightId,
-        key: Option<Key>,
-        load: Load,
-        outcome: Outcome,
-        started: Instant,
-    ) -> bool {
-        let (kind, callers) = match &load {
-            Load::Push(jobs) => ("push", jobs.len()),
-            Load::Pop { jobs, .. } => ("pop", jobs.len()),
-            Load::Settle(jobs) => ("settle", jobs.len()),
-            Load::Task(_) => ("other", 1),
-        };
+    /// Answers those whom an error leaves without an answer, and tells the observer.
+    fn tell(&self, id: FlightId, topic: &str, cargo: &Cargo, outcome: &Outcome, started: Instant) {
         if let Some(error) = &outcome.error {
-            match &load {
-                Load::Push(jobs) => jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
-                Load::Settle(jobs) => jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
-                Load::Pop { jobs, .. } => jobs
+            match cargo {
+                Cargo::Push(jobs) => jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
+                Cargo::Settle(jobs) => {
+                    jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone()))))
+                }
+                Cargo::Pop(pops) => pops
+                    .jobs
                     .iter()
                     .filter(|job| !job.waits || !error.is_retryable())
                     .for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
-                Load::Task(_) => {}
             }
         }
-        if let Some(key) = &key {
-            let event = crate::observer::Flight {
-                topic: key.topic(),
-                kind,
-                callers,
-                rows: outcome.rows,
-                duration: started.elapsed(),
-                succeeded: outcome.error.is_none(),
-            };
-            self.observe(|observer| observer.flight(&event));
-        }
+        let event = crate::observer::Flight {
+            topic,
+            kind: cargo.kind(),
+            callers: cargo.callers(),
+            rows: outcome.rows,
+            duration: started.elapsed(),
+            succeeded: outcome.error.is_none(),
+        };
+        self.observe(|observer| observer.flight(&event));
+    }
 
+    /// Ends a flight. Returns whether its thread still belongs to the queue.
+    fn landed(self: &Arc<Self>, id: FlightId, shared: Option<(Arc<str>, Cargo, Outcome)>) -> bool {
         let mut state = lock(&self.state);
-        self.note_outage(&mut state, outcome.error.as_ref(), key.is_some());
         let own = state.airborne.remove(&id).is_some();
         if own {
             state.in_use -= 1;
         } else {
             state.strays -= 1;
         }
-        if let (Some(key), true) = (&key, own) {
-            let waiting = match load {
-                Load::Pop { jobs, .. } => jobs,
-                _ => Vec::new(),
-            };
-            self.release_lane(&mut state, key, id, waiting, &outcome);
-        }
-        if let Some(key) = &key {
-            if outcome.rows > 0 {
-                let now = Instant::now();
-                state.used.entry(Arc::clone(key.topic())).or_insert(now + Duration::from_secs(1));
-                self.wake_keeper(&mut state, now + Duration::from_secs(1));
+        if let Some((topic, cargo, outcome)) = shared {
+            self.note_outage(&mut state, outcome.error.as_ref());
+            if own {
+                let pops = if let Cargo::Pop(pops) = cargo { pops.jobs } else { Vec::new() };
+                self.release_lane(&mut state, &topic, id, pops, &outcome);
             }
-            if let (Key::Push(topic), Some(ready)) = (key, outcome.pushed) {
-                let topic = Arc::clone(topic);
+            if outcome.rows > 0 {
+                let at = Instant::now() + Duration::from_secs(1);
+                state.used.entry(Arc::clone(&topic)).or_insert(at);
+                self.wake_keeper(&mut state, at);
+            }
+            if let Some(ready) = outcome.pushed {
                 self.wake(&mut state, &topic, ready);
             }
         }
@@ -219,17 +222,20 @@ impl Engine {
     pub(crate) fn release_lane(
         self: &Arc<Self>,
         state: &mut State,
-        key: &Key,
+        topic: &Arc<str>,
         id: FlightId,
         jobs: Vec<PopJob>,
         outcome: &Outcome,
     ) {
         let closed = state.closed;
-        state.make_room(key);
-        let Some(lane) = state.lanes.get_mut(key) else { return };
-        lane.flying = false;
+        let lane = state.lanes.entry(Arc::clone(topic)).or_default();
+        lane.flights = lane.flights.saturating_sub(1);
+        lane.flying.take_if(|flight| *flight == id);
+        let popped = !jobs.is_empty();
+        let mut short = false;
         for job in jobs.into_iter().rev() {
             if job.waits && job.slot.leave(id, outcome.error.clone()) {
+                short = true;
                 if closed {
                     job.slot.refuse(Error::closed());
                 } else {
@@ -237,8 +243,9 @@ impl Engine {
                 }
             }
         }
+        lane.signal |= popped && !short && outcome.error.is_none();
         let mut look_at = None;
-        if !lane.pops.is_empty() {
+        if popped && !lane.pops.is_empty() {
             let now = Instant::now();
             let wait = if outcome.error.is_some() {
                 lane.failures = lane.failures.saturating_add(1);
@@ -258,10 +265,8 @@ impl Engine {
                 Some(lane.look_at.filter(|earlier| *earlier > now).map_or(at, |earlier| earlier.min(at)));
             look_at = lane.look_at;
         }
-        if state.lanes.get(key).is_some_and(|lane| lane.is_empty() && !lane.flying) {
-            state.lanes.remove(key);
-        }
-        state.list(key);
+        state.list(topic);
+        state.tidy(topic);
         if let Some(at) = look_at {
             self.wake_keeper(state, at);
             self.start_listener(state);
@@ -271,13 +276,13 @@ impl Engine {
         }
     }
 
-    pub(crate) fn note_outage(&self, state: &mut State, error: Option<&Error>, flew: bool) {
+    fn note_outage(&self, state: &mut State, error: Option<&Error>) {
         match error {
             Some(e) if e.kind() == ErrorKind::Connection && !state.outage => {
                 state.outage = true;
                 tracing::warn!("lost the server, trying again: {e}");
             }
-            None if flew && state.outage => {
+            None if state.outage => {
                 state.outage = false;
                 tracing::info!("the server is back");
             }

@@ -1,9 +1,8 @@
 //! The engine of a queue: requests pile up in lanes; connection threads carry out what has piled up
 //! in one, in a single statement and commit, and wake the callers.
 //!
-//! A lane holds the requests of one kind for one topic, and has at most one flight under way, so
-//! that requests gather while it is: the more callers, the larger the flights. Callers never touch a
-//! connection. A flight that hangs is written off when it is overdue: its thread is left to end by
+//! A lane holds the requests for one topic, and has one flight under way at a time, so that requests
+//! gather while it is: the more callers, the larger the flights. Callers never touch a connection. A flight that hangs is written off when it is overdue: its thread is left to end by
 //! itself, and another takes its place.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -16,7 +15,7 @@ use uuid::Uuid;
 
 use crate::calls::{Calls, Grant, Settle, Verb};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{Key, Lane, PopJob, PushJob, SettleJob, State, Task};
+use crate::lane::{Lane, PopJob, PushJob, SettleJob, State, Task};
 use crate::link::{Links, Route};
 use crate::observer::Observer;
 use crate::slot::{FlightId, Slot, Waited, lock};
@@ -92,13 +91,12 @@ impl Engine {
 
     pub(crate) fn push(self: &Arc<Self>, topic: &str, job: PushJob) -> Result<()> {
         let mut state = self.open()?;
-        self.enqueue(&mut state, Key::Push(topic.into()), |lane| lane.pushes.push_back(job))
+        self.enqueue(&mut state, topic, |lane| lane.pushes.push_back(job))
     }
 
-    pub(crate) fn pop(self: &Arc<Self>, topic: &str, lease: Duration, job: PopJob) -> Result<()> {
+    pub(crate) fn pop(self: &Arc<Self>, topic: &str, job: PopJob) -> Result<()> {
         let mut state = self.open()?;
-        let lease = u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
-        self.enqueue(&mut state, Key::Pop(topic.into(), lease), |lane| {
+        self.enqueue(&mut state, topic, |lane| {
             lane.signal = true;
             lane.poll = false;
             lane.pops.push_back(job);
@@ -107,7 +105,7 @@ impl Engine {
 
     pub(crate) fn settle(self: &Arc<Self>, topic: &str, job: SettleJob) -> Result<()> {
         let mut state = lock(&self.state);
-        self.enqueue(&mut state, Key::Settle(topic.into()), |lane| lane.settles.push_back(job))
+        self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job))
     }
 
     pub(crate) fn task(self: &Arc<Self>, task: Box<dyn Task>) -> Result<()> {
@@ -121,11 +119,14 @@ impl Engine {
         if state.closed { Err(Error::closed()) } else { Ok(state) }
     }
 
-    fn enqueue(self: &Arc<Self>, state: &mut State, key: Key, add: impl FnOnce(&mut Lane)) -> Result<()> {
-        add(state.lanes.entry(key.clone()).or_default());
-        state.list(&key);
-        // Otherwise the thread that makes room takes it.
-        if state.has_room(&key) { self.start(state) } else { Ok(()) }
+    fn enqueue(self: &Arc<Self>, state: &mut State, topic: &str, add: impl FnOnce(&mut Lane)) -> Result<()> {
+        match state.lanes.get_mut(topic) {
+            Some(lane) => add(lane),
+            None => add(state.lanes.entry(topic.into()).or_default()),
+        }
+        state.gathered += 1;
+        // Otherwise the thread whose flight is under way goes on with it.
+        if state.list(topic) { self.start(state) } else { Ok(()) }
     }
 
     /// Makes sure that somebody takes the next flight.
@@ -153,46 +154,34 @@ impl Engine {
     }
 
     /// Looks for those that wait for a message of the topic, at once or later.
-    pub(crate) fn wake(self: &Arc<Self>, state: &mut State, topic: &Arc<str>, ready_in: Duration) {
-        let keys: Vec<Key> = state
-            .lanes
-            .iter()
-            .filter(|(key, lane)| {
-                matches!(key, Key::Pop(t, _) if t == topic) && (lane.flying || !lane.pops.is_empty())
-            })
-            .map(|(key, _)| key.clone())
-            .collect();
-        for key in keys {
-            let Some(lane) = state.lanes.get_mut(&key) else { continue };
-            if ready_in.is_zero() {
-                lane.signal = true;
-                lane.poll = false;
-                state.list(&key);
-                if state.has_room(&key) {
-                    let _ = self.start(state);
-                }
-            } else {
-                let at = Instant::now() + ready_in;
-                lane.look_at = Some(lane.look_at.map_or(at, |earlier| earlier.min(at)));
-                self.wake_keeper(state, at);
+    pub(crate) fn wake(self: &Arc<Self>, state: &mut State, topic: &str, ready_in: Duration) {
+        let Some(lane) = state.lanes.get_mut(topic) else { return };
+        if lane.pops.is_empty() && lane.flights == 0 {
+            return;
+        }
+        if ready_in.is_zero() {
+            lane.signal = true;
+            lane.poll = false;
+            if state.list(topic) {
+                let _ = self.start(state);
             }
+        } else {
+            let at = Instant::now() + ready_in;
+            lane.look_at = Some(lane.look_at.map_or(at, |earlier| earlier.min(at)));
+            self.wake_keeper(state, at);
         }
     }
 
     /// Something was pushed to the topic by somebody else.
     pub(crate) fn notified(self: &Arc<Self>, topic: &str) {
         let mut state = lock(&self.state);
-        self.wake(&mut state, &topic.into(), Duration::ZERO);
+        self.wake(&mut state, topic, Duration::ZERO);
     }
 
     /// Notifications may have been lost: look for everybody who waits.
     pub(crate) fn look_everywhere(self: &Arc<Self>) {
         let mut state = lock(&self.state);
-        let topics: Vec<Arc<str>> = state
-            .lanes
-            .keys()
-            .filter_map(|key| if let Key::Pop(topic, _) = key { Some(Arc::clone(topic)) } else { None })
-            .collect();
+        let topics: Vec<Arc<str>> = state.lanes.keys().cloned().collect();
         for topic in topics {
             self.wake(&mut state, &topic, Duration::ZERO);
         }

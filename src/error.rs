@@ -155,6 +155,11 @@ impl Error {
         self.0.sqlstate.as_deref()
     }
 
+    /// Whether it would be the same for any other call.
+    pub(crate) fn is_of_all(&self) -> bool {
+        matches!(self.0.kind, ErrorKind::Connection | ErrorKind::Timeout)
+    }
+
     /// Whether the connection that gave this error is of no use any more.
     pub(crate) fn breaks_connection(&self) -> bool {
         self.0.kind == ErrorKind::Connection

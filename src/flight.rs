@@ -10,8 +10,8 @@ use uuid::Uuid;
 use crate::calls::{Grant, Settle, Verdict, headers_json};
 use crate::crew::Outcome;
 use crate::engine::Engine;
-use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{PopJob, PushJob, SettleJob};
+use crate::error::{Error, Result};
+use crate::lane::{Cargo, Pops, PushJob, SettleJob};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
@@ -26,11 +26,19 @@ pub(crate) struct Flight<'a> {
 }
 
 impl Flight<'_> {
+    pub(crate) fn carry(&mut self, cargo: &Cargo) -> Outcome {
+        match cargo {
+            Cargo::Push(jobs) => self.push(jobs),
+            Cargo::Settle(jobs) => self.settle(jobs),
+            Cargo::Pop(pops) => self.pop(pops),
+        }
+    }
+
     // Push.
 
-    pub(crate) fn push(&mut self, jobs: &[PushJob]) -> Outcome {
+    fn push(&mut self, jobs: &[PushJob]) -> Outcome {
         let mut outcome = Outcome::default();
-        let answers = self.share(jobs, |flight, jobs| flight.push_together(jobs), &mut outcome);
+        let answers = self.share(jobs, Self::push_together, &mut outcome);
         for (job, answer) in jobs.iter().zip(answers) {
             if let Ok(duplicates) = &answer {
                 outcome.rows += job.messages.len();
@@ -52,7 +60,7 @@ impl Flight<'_> {
         let messages: Vec<&NewMessage> = jobs.iter().flat_map(|job| &job.messages).collect();
         let topic = self.topic;
         let default = self.engine.settings.max_attempts;
-        let sender = self.engine.client;
+        let sender = Some(self.engine.client);
         let mut duplicates = vec![false; messages.len()];
         if let [message] = messages[..] {
             let (delay, ready_at) = message.due();
@@ -72,22 +80,18 @@ impl Flight<'_> {
             duplicates[0] = rows.first().is_some_and(|row| row.get(1));
         } else {
             let batch = Batch::new(&messages, default);
-            for row in self.run(|calls| &calls.push_many, &batch.params(&topic, &Some(sender)))? {
-                let place: i32 = row.get(0);
-                if let Some(duplicate) = usize::try_from(place - 1).ok().and_then(|i| duplicates.get_mut(i)) {
-                    *duplicate = true;
-                }
+            for row in self.run(|calls| &calls.push_many, &batch.params(&topic, &sender))? {
+                put(&mut duplicates, row.get(0), true);
             }
         }
-        let mut rest = duplicates.into_iter();
-        Ok(jobs.iter().map(|job| rest.by_ref().take(job.messages.len()).collect()).collect())
+        Ok(split(jobs, duplicates))
     }
 
     // Settle.
 
-    pub(crate) fn settle(&mut self, jobs: &[SettleJob]) -> Outcome {
+    fn settle(&mut self, jobs: &[SettleJob]) -> Outcome {
         let mut outcome = Outcome::default();
-        let answers = self.share(jobs, |flight, jobs| flight.settle_together(jobs), &mut outcome);
+        let answers = self.share(jobs, Self::settle_together, &mut outcome);
         for (job, answer) in jobs.iter().zip(answers) {
             if let Ok(verdicts) = &answer {
                 for (settle, verdict) in job.settles.iter().zip(verdicts) {
@@ -98,6 +102,20 @@ impl Flight<'_> {
             drop(job.slot.land(self.id, answer));
         }
         outcome
+    }
+
+    fn settle_together(&mut self, jobs: &[SettleJob]) -> Result<Vec<Vec<Verdict>>> {
+        let settles: Vec<&Settle> = jobs.iter().flat_map(|job| &job.settles).collect();
+        let proofs = Proofs::new(&settles);
+        let topic = self.topic;
+        let keep = self.engine.settings.keep_settled.as_secs_f64();
+        let mut params: Vec<&(dyn ToSql + Sync)> = vec![&topic];
+        params.extend(proofs.params(&keep));
+        let mut verdicts = vec![Verdict::Settled; settles.len()];
+        for row in self.run(|calls| &calls.settle_many, &params)? {
+            put(&mut verdicts, row.get(0), Verdict::read(row.get(1), row.get(2)));
+        }
+        Ok(split(jobs, verdicts))
     }
 
     fn tell_settled(&self, settle: &Settle, verdict: Verdict) {
@@ -112,55 +130,26 @@ impl Flight<'_> {
         });
     }
 
-    fn settle_together(&mut self, jobs: &[SettleJob]) -> Result<Vec<Vec<Verdict>>> {
-        let settles: Vec<&Settle> = jobs.iter().flat_map(|job| &job.settles).collect();
-        let ids: Vec<Uuid> = settles.iter().map(|s| s.id).collect();
-        let tokens: Vec<&[u8]> = settles.iter().map(|s| s.token.as_slice()).collect();
-        let words: Vec<&str> = settles.iter().map(|s| s.verb.word()).collect();
-        let delays: Vec<Option<f64>> = settles.iter().map(|s| s.verb.delay()).collect();
-        let errors: Vec<Option<&str>> = settles.iter().map(|s| s.verb.error()).collect();
-        let delays = delays.iter().any(Option::is_some).then_some(delays);
-        let errors = errors.iter().any(Option::is_some).then_some(errors);
-        let topic = self.topic;
-        let keep = self.engine.settings.keep_settled.as_secs_f64();
-        let mut verdicts = vec![Verdict::Settled; settles.len()];
-        let rows =
-            self.run(|calls| &calls.settle_many, &[&topic, &ids, &tokens, &words, &delays, &errors, &keep])?;
-        for row in rows {
-            let place: i32 = row.get(0);
-            let verdict = match row.get(1) {
-                "extended" => Verdict::Extended(row.get(2)),
-                "gone" => Verdict::Gone,
-                _ => Verdict::Lost,
-            };
-            if let Some(slot) = usize::try_from(place - 1).ok().and_then(|i| verdicts.get_mut(i)) {
-                *slot = verdict;
-            }
-        }
-        let mut rest = verdicts.into_iter();
-        Ok(jobs.iter().map(|job| rest.by_ref().take(job.settles.len()).collect()).collect())
-    }
-
     // Pop.
 
-    /// Hands out what there is, in the order of the requests.
-    pub(crate) fn pop(&mut self, jobs: &[PopJob], lease: Duration, poll: bool, registered: bool) -> Outcome {
-        match self.try_pop(jobs, lease, poll, registered) {
+    fn pop(&mut self, pops: &Pops) -> Outcome {
+        match self.pop_together(pops) {
             Ok(outcome) => outcome,
             Err(e) => Outcome::failed(e.during("pop", Some(self.topic))),
         }
     }
 
-    fn try_pop(&mut self, jobs: &[PopJob], lease: Duration, poll: bool, registered: bool) -> Result<Outcome> {
+    /// Hands out what there is, in the order of the requests.
+    fn pop_together(&mut self, pops: &Pops) -> Result<Outcome> {
         let mut outcome = Outcome::default();
-        if poll && !self.look(&mut outcome)? {
+        if pops.poll && !self.look(&mut outcome)? {
             return Ok(outcome);
         }
-        let asked: usize = jobs.iter().map(|job| job.max).sum();
+        let asked: usize = pops.jobs.iter().map(|job| job.max).sum();
         let asked = i32::try_from(asked.min(crate::limits::FLIGHT_ROWS)).unwrap_or(1);
         let topic = self.topic;
         let sent = Instant::now();
-        let rows = self.run(|calls| &calls.pop, &[&topic, &asked, &lease.as_secs_f64()])?;
+        let rows = self.run(|calls| &calls.pop, &[&topic, &asked, &pops.lease.as_secs_f64()])?;
         let mut grants = rows
             .iter()
             .map(|row| Grant::read(self.topic, row, sent).map_err(Error::from))
@@ -168,12 +157,12 @@ impl Flight<'_> {
             .into_iter();
         outcome.rows = grants.len();
 
-        let mut unserved = false;
-        for job in jobs {
+        let mut short = false;
+        for job in &pops.jobs {
             let share: Vec<Grant> = grants.by_ref().take(job.max).collect();
             if share.is_empty() {
                 if job.waits {
-                    unserved = true;
+                    short = true;
                 } else {
                     drop(job.slot.land(self.id, Ok(share)));
                 }
@@ -185,8 +174,8 @@ impl Flight<'_> {
                 Err(unwanted) => self.engine.abandon(self.topic, unwanted.unwrap_or_default()),
             }
         }
-        if unserved {
-            if outcome.rows == 0 || !registered {
+        if short {
+            if outcome.rows == 0 || !pops.registered {
                 if self.look(&mut outcome).unwrap_or(false) {
                     outcome.look_in = Some(Duration::ZERO);
                 }
@@ -223,7 +212,7 @@ impl Flight<'_> {
             Ok(answers) => return answers.into_iter().map(Ok).collect(),
             Err(e) => e,
         };
-        if jobs.len() > 1 && !matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout) {
+        if jobs.len() > 1 && !error.is_of_all() {
             return jobs
                 .iter()
                 .map(|job| {
@@ -242,6 +231,63 @@ impl Flight<'_> {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<postgres::Row>> {
         self.link.run(self.deadline, call(&self.engine.calls), params)
+    }
+}
+
+/// How many rows a request has in its flight.
+trait Rows {
+    fn rows(&self) -> usize;
+}
+
+impl Rows for PushJob {
+    fn rows(&self) -> usize {
+        self.messages.len()
+    }
+}
+
+impl Rows for SettleJob {
+    fn rows(&self) -> usize {
+        self.settles.len()
+    }
+}
+
+/// To each request its part of the answers.
+fn split<A>(jobs: &[impl Rows], answers: Vec<A>) -> Vec<Vec<A>> {
+    let mut rest = answers.into_iter();
+    jobs.iter().map(|job| rest.by_ref().take(job.rows()).collect()).collect()
+}
+
+/// Notes the answer for the row of a place, which counts from one.
+fn put<A>(answers: &mut [A], place: i32, answer: A) {
+    if let Some(slot) = usize::try_from(place - 1).ok().and_then(|i| answers.get_mut(i)) {
+        *slot = answer;
+    }
+}
+
+/// Settles as parallel arrays.
+struct Proofs<'a> {
+    ids: Vec<Uuid>,
+    tokens: Vec<&'a [u8]>,
+    words: Vec<&'a str>,
+    delays: Option<Vec<Option<f64>>>,
+    errors: Option<Vec<Option<&'a str>>>,
+}
+
+impl<'a> Proofs<'a> {
+    fn new(settles: &[&'a Settle]) -> Self {
+        let delays: Vec<Option<f64>> = settles.iter().map(|s| s.verb.delay()).collect();
+        let errors: Vec<Option<&str>> = settles.iter().map(|s| s.verb.error()).collect();
+        Proofs {
+            ids: settles.iter().map(|s| s.id).collect(),
+            tokens: settles.iter().map(|s| s.token.as_slice()).collect(),
+            words: settles.iter().map(|s| s.verb.word()).collect(),
+            delays: delays.iter().any(Option::is_some).then_some(delays),
+            errors: errors.iter().any(Option::is_some).then_some(errors),
+        }
+    }
+
+    fn params<'p>(&'p self, keep: &'p f64) -> [&'p (dyn ToSql + Sync); 6] {
+        [&self.ids, &self.tokens, &self.words, &self.delays, &self.errors, keep]
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::crew::Outcome;
 use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
-use crate::lane::State;
+use crate::lane::{ALONE, State};
 use crate::slot::{FlightId, lock};
 
 impl Engine {
@@ -39,26 +39,39 @@ impl Engine {
             for id in overdue {
                 self.write_off(&mut state, id);
             }
-            for flight in state.airborne.values() {
+            let mut due = Vec::new();
+            let State { airborne, lanes, .. } = &mut *state;
+            for (id, flight) in &*airborne {
+                let alone_until = flight.since + ALONE;
+                let lane = flight.topic.as_ref().and_then(|topic| lanes.get_mut(topic));
+                if let Some(lane) = lane.filter(|lane| lane.flying == Some(*id)) {
+                    if alone_until <= now {
+                        lane.flying = None;
+                        due.extend(flight.topic.clone());
+                    } else {
+                        next = next.min(alone_until);
+                    }
+                }
                 next = next.min(flight.since + self.patience());
             }
-
-            let mut due = Vec::new();
-            for (key, lane) in &mut state.lanes {
+            for (topic, lane) in lanes {
                 match lane.look_at {
-                    Some(at) if at <= now && !lane.flying => {
+                    Some(at) if at <= now => {
                         lane.look_at = None;
-                        lane.poll = !lane.signal;
-                        lane.signal = true;
-                        due.push(key.clone());
+                        if !lane.pops.is_empty() {
+                            lane.poll = !lane.signal;
+                            lane.signal = true;
+                            due.push(Arc::clone(topic));
+                        }
                     }
-                    Some(at) if !lane.flying => next = next.min(at),
-                    _ => {}
+                    Some(at) => next = next.min(at),
+                    None => {}
                 }
             }
-            for key in due {
-                state.list(&key);
-                let _ = self.start(&mut state);
+            for topic in due {
+                if state.list(&topic) {
+                    let _ = self.start(&mut state);
+                }
             }
 
             let mut topics = Vec::new();
@@ -103,10 +116,10 @@ impl Engine {
         state.in_use -= 1;
         state.threads -= 1;
         state.strays += 1;
-        if let Some(key) = &flight.key {
+        if let Some(topic) = &flight.topic {
             let error =
                 Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true);
-            self.release_lane(state, key, id, flight.waiting, &Outcome::failed(error));
+            self.release_lane(state, topic, id, flight.waiting, &Outcome::failed(error));
         }
         if state.has_work() {
             let _ = self.start(state);

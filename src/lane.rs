@@ -1,9 +1,8 @@
-//! Lanes: where requests pile up, those of one kind for one topic in each, and how many of them board
-//! the next flight.
+//! Lanes: where the requests for one topic pile up, and how many of them board the next flight.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::calls::{Grant, Settle, Verdict};
 use crate::error::Result;
@@ -19,8 +18,10 @@ pub(crate) struct PushJob {
     pub(crate) slot: Arc<Slot<Vec<bool>>>,
 }
 
+#[derive(Clone)]
 pub(crate) struct PopJob {
     pub(crate) max: usize,
+    pub(crate) lease: Duration,
     /// Whether it stays until there is something.
     pub(crate) waits: bool,
     pub(crate) slot: Arc<Slot<Vec<Grant>>>,
@@ -37,76 +38,72 @@ pub(crate) trait Task: Send {
     fn run(&self, flight: FlightId, link: Result<&mut Link>);
 }
 
-/// How many flights one topic may have under way: with more of them each carries less, and all
-/// together get less done; with only one, a flight that must wait for a lock would hold up the rest.
-const FLIGHTS: usize = 2;
-
-/// Which lane.
-#[derive(Clone, PartialEq, Eq, Hash, Debug)]
-pub(crate) enum Key {
-    Push(Arc<str>),
-    Pop(Arc<str>, u64),
-    Settle(Arc<str>),
-}
-
-impl Key {
-    pub(crate) fn topic(&self) -> &Arc<str> {
-        match self {
-            Key::Push(topic) | Key::Pop(topic, _) | Key::Settle(topic) => topic,
-        }
-    }
-}
+/// For so long a flight is the only one of its topic: with more of them each carries less, and all
+/// together get less done. One that takes longer, because it waits for a lock or is far from its
+/// server, does not hold up the rest.
+pub(crate) const ALONE: Duration = Duration::from_millis(20);
 
 #[derive(Default)]
 pub(crate) struct Lane {
     pub(crate) pushes: VecDeque<PushJob>,
     pub(crate) pops: VecDeque<PopJob>,
     pub(crate) settles: VecDeque<SettleJob>,
-    pub(crate) flying: bool,
+    /// A flight that is still alone.
+    pub(crate) flying: Option<FlightId>,
+    /// All flights under way.
+    pub(crate) flights: usize,
     pub(crate) listed: bool,
-    /// Pops only: there may be something for those that wait.
+    /// There may be something for those that wait.
     pub(crate) signal: bool,
-    /// Pops only: the signal is only that of the clock.
+    /// The signal is only that of the clock.
     pub(crate) poll: bool,
-    /// Pops only: when to look next for those that wait.
+    /// When to look next for those that wait.
     pub(crate) look_at: Option<Instant>,
-    /// Pops only: until when the server knows that somebody waits.
+    /// Until when the server knows that somebody waits.
     pub(crate) registered: Option<Instant>,
-    /// Pops only: flights that failed, one after the other.
+    /// Flights with pops that failed, one after the other.
     pub(crate) failures: u32,
+    /// How often another kind was preferred: to pushes, settles, pops.
+    passed: [u8; 3],
 }
 
-impl Lane {
-    pub(crate) fn has_work(&self) -> bool {
-        !self.pushes.is_empty() || !self.settles.is_empty() || (self.signal && !self.pops.is_empty())
-    }
+/// What a flight carries: requests of one kind for one topic.
+pub(crate) enum Cargo {
+    Push(Vec<PushJob>),
+    Settle(Vec<SettleJob>),
+    Pop(Pops),
+}
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.pushes.is_empty() && self.settles.is_empty() && self.pops.is_empty()
-    }
+/// Pops of one length of lease.
+pub(crate) struct Pops {
+    pub(crate) jobs: Vec<PopJob>,
+    pub(crate) lease: Duration,
+    /// Only the clock says that it is time to look.
+    pub(crate) poll: bool,
+    /// The server knows that somebody waits.
+    pub(crate) registered: bool,
 }
 
 pub(crate) enum Load {
-    Push(Vec<PushJob>),
-    Pop { jobs: Vec<PopJob>, poll: bool, registered: bool },
-    Settle(Vec<SettleJob>),
+    Shared(Arc<str>, Cargo),
     Task(Box<dyn Task>),
 }
 
 /// What a flight that is under way would leave behind if it were written off.
 pub(crate) struct Airborne {
-    pub(crate) key: Option<Key>,
+    pub(crate) topic: Option<Arc<str>>,
     pub(crate) since: Instant,
     pub(crate) waiting: Vec<PopJob>,
 }
 
 #[derive(Default)]
 pub(crate) struct State {
-    pub(crate) lanes: HashMap<Key, Lane>,
+    pub(crate) lanes: HashMap<Arc<str>, Lane>,
     pub(crate) tasks: VecDeque<Box<dyn Task>>,
-    pub(crate) ready: VecDeque<Key>,
-    /// How many flights each topic has under way.
-    pub(crate) flying: HashMap<Arc<str>, usize>,
+    /// Topics with a flight to start.
+    pub(crate) ready: VecDeque<Arc<str>>,
+    /// Requests that came since the last flight left.
+    pub(crate) gathered: usize,
     pub(crate) airborne: HashMap<FlightId, Airborne>,
     pub(crate) flights: FlightId,
     pub(crate) threads: usize,
@@ -128,67 +125,80 @@ pub(crate) struct State {
 impl State {
     /// Whether a flight could start.
     pub(crate) fn has_work(&self) -> bool {
-        !self.tasks.is_empty() || self.ready.iter().any(|key| self.has_room(key))
+        !self.tasks.is_empty() || !self.ready.is_empty()
     }
 
-    /// Whether a flight of the topic could start.
-    pub(crate) fn has_room(&self, key: &Key) -> bool {
-        self.flying.get(key.topic()).is_none_or(|flights| *flights < FLIGHTS)
-    }
-
-    /// Notes that a flight of the topic has ended.
-    pub(crate) fn make_room(&mut self, key: &Key) {
-        if let Some(flights) = self.flying.get_mut(key.topic()) {
-            *flights -= 1;
-            if *flights == 0 {
-                self.flying.remove(key.topic());
-            }
+    /// Puts a topic on the list of those that have a flight to start, if that is true and it is not
+    /// there. Returns whether it is on the list now.
+    pub(crate) fn list(&mut self, topic: &str) -> bool {
+        let Some((topic, lane)) = self.lanes.get_key_value(topic) else { return false };
+        if lane.listed || lane.flying.is_some() || !lane.has_work() {
+            return lane.listed;
         }
-    }
-
-    /// Puts a lane on the list of those that have work, if that is true and it is not there.
-    pub(crate) fn list(&mut self, key: &Key) {
-        if let Some(lane) = self.lanes.get_mut(key)
-            && lane.has_work()
-            && !lane.flying
-            && !lane.listed
-        {
+        let topic = Arc::clone(topic);
+        self.ready.push_back(Arc::clone(&topic));
+        if let Some(lane) = self.lanes.get_mut(&topic) {
             lane.listed = true;
-            self.ready.push_back(key.clone());
         }
+        true
     }
 
-    /// The next flight: as many requests of one lane as it may carry.
-    pub(crate) fn take(&mut self, id: FlightId) -> Option<(Option<Key>, Load)> {
+    /// The next flight: as many requests as it may carry.
+    pub(crate) fn take(&mut self, id: FlightId) -> Option<Load> {
+        self.gathered = 0;
         while let Some(task) = self.tasks.pop_front() {
             if task.board(id) {
-                return Some((None, Load::Task(task)));
+                return Some(Load::Task(task));
             }
         }
-        while let Some(next) = self.ready.iter().position(|key| self.has_room(key)) {
-            let Some(key) = self.ready.remove(next) else { break };
-            let Some(lane) = self.lanes.get_mut(&key) else { continue };
+        while let Some(topic) = self.ready.pop_front() {
+            let Some(lane) = self.lanes.get_mut(&topic) else { continue };
             lane.listed = false;
-            let load = match key {
-                Key::Push(_) => lane.board_pushes(id),
-                Key::Pop(..) => lane.board_pops(id),
-                Key::Settle(_) => lane.board_settles(id),
-            };
-            if let Some(load) = load {
-                lane.flying = true;
-                *self.flying.entry(Arc::clone(key.topic())).or_default() += 1;
-                return Some((Some(key), load));
+            if let Some(cargo) = lane.board(id) {
+                lane.flying = Some(id);
+                lane.flights += 1;
+                return Some(Load::Shared(topic, cargo));
             }
-            if lane.is_empty() {
-                self.lanes.remove(&key);
-            }
+            self.list(&topic);
+            self.tidy(&topic);
         }
         None
+    }
+
+    /// Forgets a lane that nobody needs any more.
+    pub(crate) fn tidy(&mut self, topic: &str) {
+        if self.lanes.get(topic).is_some_and(|lane| lane.is_empty() && lane.flights == 0 && !lane.listed) {
+            self.lanes.remove(topic);
+        }
     }
 }
 
 impl Lane {
-    pub(crate) fn board_pushes(&mut self, id: FlightId) -> Option<Load> {
+    fn has_work(&self) -> bool {
+        !self.pushes.is_empty() || !self.settles.is_empty() || (self.signal && !self.pops.is_empty())
+    }
+
+    fn is_empty(&self) -> bool {
+        self.pushes.is_empty() && self.settles.is_empty() && self.pops.is_empty()
+    }
+
+    /// The next flight. The kind of which there are most leaves first: threads that do the same things in turn
+    /// then fall into step, and share all their flights. None is passed over three times.
+    fn board(&mut self, id: FlightId) -> Option<Cargo> {
+        let pops = if self.signal { self.pops.len() } else { 0 };
+        let waiting = [self.pushes.len(), self.settles.len(), pops];
+        let next = (0..3).max_by_key(|kind| (waiting[*kind] > 0, self.passed[*kind] > 1, waiting[*kind]))?;
+        for (kind, passed) in self.passed.iter_mut().enumerate() {
+            *passed = if kind == next || waiting[kind] == 0 { 0 } else { *passed + 1 };
+        }
+        match next {
+            0 => self.board_pushes(id),
+            1 => self.board_settles(id),
+            _ => self.board_pops(id),
+        }
+    }
+
+    fn board_pushes(&mut self, id: FlightId) -> Option<Cargo> {
         let (mut jobs, mut rows, mut bytes) = (Vec::new(), 0, 0);
         while let Some(job) = self.pushes.front() {
             let full =
@@ -203,10 +213,10 @@ impl Lane {
                 jobs.push(job);
             }
         }
-        (!jobs.is_empty()).then_some(Load::Push(jobs))
+        (!jobs.is_empty()).then_some(Cargo::Push(jobs))
     }
 
-    pub(crate) fn board_settles(&mut self, id: FlightId) -> Option<Load> {
+    fn board_settles(&mut self, id: FlightId) -> Option<Cargo> {
         let (mut jobs, mut rows) = (Vec::new(), 0);
         while let Some(job) = self.settles.front() {
             if rows + job.settles.len() > limits::FLIGHT_ROWS && !jobs.is_empty() {
@@ -218,14 +228,18 @@ impl Lane {
                 jobs.push(job);
             }
         }
-        (!jobs.is_empty()).then_some(Load::Settle(jobs))
+        (!jobs.is_empty()).then_some(Cargo::Settle(jobs))
     }
 
-    pub(crate) fn board_pops(&mut self, id: FlightId) -> Option<Load> {
+    /// Those that are left behind, for want of room or with another lease, are next if there is enough for
+    /// these.
+    fn board_pops(&mut self, id: FlightId) -> Option<Cargo> {
+        self.signal = false;
         self.pops.retain(|job| job.slot.is_queued());
+        let lease = self.pops.front()?.lease;
         let (mut jobs, mut rows) = (Vec::new(), 0);
         while let Some(job) = self.pops.front() {
-            if rows + job.max > limits::FLIGHT_ROWS && !jobs.is_empty() {
+            if job.lease != lease || rows + job.max > limits::FLIGHT_ROWS && !jobs.is_empty() {
                 break;
             }
             let Some(job) = self.pops.pop_front() else { break };
@@ -234,10 +248,27 @@ impl Lane {
                 jobs.push(job);
             }
         }
-        // Those that did not find room are next.
-        self.signal = !self.pops.is_empty();
         let poll = std::mem::take(&mut self.poll);
         let registered = self.registered.is_some_and(|until| until > Instant::now());
-        (!jobs.is_empty()).then_some(Load::Pop { jobs, poll, registered })
+        (!jobs.is_empty()).then_some(Cargo::Pop(Pops { jobs, lease, poll, registered }))
+    }
+}
+
+impl Cargo {
+    /// How many requests it has.
+    pub(crate) fn callers(&self) -> usize {
+        match self {
+            Cargo::Push(jobs) => jobs.len(),
+            Cargo::Settle(jobs) => jobs.len(),
+            Cargo::Pop(pops) => pops.jobs.len(),
+        }
+    }
+
+    pub(crate) fn kind(&self) -> &'static str {
+        match self {
+            Cargo::Push(_) => "push",
+            Cargo::Settle(_) => "settle",
+            Cargo::Pop(_) => "pop",
+        }
     }
 }

@@ -345,7 +345,7 @@ impl Queue {
         limits::lease(self.lease)?;
         limits::batch(max)?;
         let slot = Arc::new(Slot::new());
-        self.engine().pop(topic, self.lease, PopJob { max, waits, slot: Arc::clone(&slot) })?;
+        self.engine().pop(topic, PopJob { max, lease: self.lease, waits, slot: Arc::clone(&slot) })?;
         Ok(slot)
     }
 

@@ -248,8 +248,8 @@ begin
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
-    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
-    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.id, array[message.id]);
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, give_back.fence, message.id, array[message.id]);
     if message.ready_at < moment + interval '1 second' then
       insert into "pushpop".behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
       on conflict do nothing;
@@ -410,8 +410,9 @@ declare
   until  timestamptz;
   known  record;
   start  timestamptz;
-  ids    uuid[];
-  key    bytea;
+  taken  record;
+  n      integer;
+  keys   bytea[];
 begin
   perform "pushpop".check_topic(pop.topic);
   if max is null or max not between 1 and 1000 then
@@ -425,58 +426,62 @@ begin
     select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
   end if;
   start := coalesce(known.low, '-infinity');
-  ids := "pushpop".take_runs(pop.topic, start, moment, max);
+  taken := "pushpop".take_runs(pop.topic, start, moment, max);
   -- Nothing there: look at everything, first at what lies behind the mark.
-  if ids is null then
+  if taken.ids is null then
     if "pushpop".reclaim(pop.topic, moment, 1000) > 0
        or exists (select from "pushpop".behind b where b.topic = pop.topic)
        or "pushpop".begin_sweep(pop.topic, moment, known.swept_at) then
       start := '-infinity';
-      ids := "pushpop".take_runs(pop.topic, start, moment, max);
+      taken := "pushpop".take_runs(pop.topic, start, moment, max);
     end if;
-    if ids is null then
-      ids := "pushpop".wait_for_runs(pop.topic, start, moment, max);
+    if taken.ids is null then
+      taken := "pushpop".wait_for_runs(pop.topic, start, moment, max);
     end if;
-    if ids is null then
+    if taken.ids is null then
       return;
     end if;
   end if;
-  if max = 1 then
-    select m.id, m.payload, m.headers, m.attempt + 1, m.max_attempts, m.fence + 1, m.pushed_at, m.ready_at, m.last_error
-    into id, payload, headers, attempt, max_attempts, fence, pushed_at, ready_at, last_error
-    from "pushpop".messages m where m.topic = pop.topic and m.id = ids[1];
-    key := uuid_send(gen_random_uuid());
+  n := cardinality(taken.ids);
+  for place in 1..n by 250 loop
+    keys := keys || uuid_send(gen_random_uuid());
     insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
-    values (pop.topic, key, until, 1, ids, array[fence]);
-    token := key || '\x0001'::bytea || int4send(fence::integer);
-    lease_until := until;
-    return next;
-  else
-    return query
-      with message as materialized (
-        select u.place, m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
-        from unnest(ids) with ordinality u(id, place)
-        cross join lateral (
-          select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
-          from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
-        ) m
-      ),
-      part as materialized (
-        select p.part, uuid_send(gen_random_uuid()) as key
-        from generate_series(0, (cardinality(ids) - 1) / 250) p(part)
-      ),
-      leased as (
-        insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
-        select pop.topic, p.key, until, count(*), array_agg(m.id order by m.place), array_agg(m.fence + 1 order by m.place)
-        from message m join part p on p.part = (m.place - 1) / 250
-        group by p.part, p.key
-      )
-      select m.id, m.payload, m.headers, p.key || int2send(((m.place - 1) % 250 + 1)::int2) || int4send(m.fence + 1),
-             until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at, m.last_error
-      from message m join part p on p.part = (m.place - 1) / 250
-      order by m.place;
-  end if;
+    values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
+            taken.ids[place : place + 249], taken.fences[place : place + 249]);
+  end loop;
+  -- One probe for each id, in their order.
+  return query
+    select m.id, m.payload, m.headers,
+           keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
+           until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+    from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
+    cross join lateral (
+      select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+      from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
+    ) m;
   perform "pushpop".make_durable();
+end
+$$;
+CREATE FUNCTION pushpop.prove(topic text, id uuid, token bytea) RETURNS integer
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  lease_key bytea   := substring(token from 1 for 16);
+  slot      integer;
+  delivery  integer;
+begin
+  if octet_length(token) is distinct from 22 then
+    return null;
+  end if;
+  slot := get_byte(token, 16) * 256 + get_byte(token, 17);
+  select l.fences[slot] into delivery from "pushpop".leases l
+  where l.topic = prove.topic and l.key = lease_key and l.ids[slot] = prove.id;
+  if not found then
+    select l.fences[1] into delivery from "pushpop".leases l
+    where l.topic = prove.topic and l.key = prove.token and l.ids[1] = prove.id;
+  end if;
+  return case when int4send(delivery) = substring(token from 19) then delivery end;
 end
 $$;
 CREATE FUNCTION pushpop.purge(topic text, max integer DEFAULT 10000) RETURNS bigint
@@ -725,26 +730,68 @@ CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate tex
     AS $$
   select m.version, m.oldest_crate from "pushpop".migrations m order by m.version desc limit 1
 $$;
-CREATE FUNCTION pushpop.settle_done(topic text, ids uuid[], places integer[], fences integer[], outcome text, moment timestamp with time zone, keep double precision) RETURNS integer[]
+CREATE FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) RETURNS integer[]
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 declare
-  target  tid[];
-  ended   uuid[];
-  done    integer;
+  wanted   integer := cardinality(ids);
+  first    bytea   := substring(tokens[1] from 1 for 16);
+  known    record;
+  delivery integer;
+  target   tid[];
+  ended    uuid[];
+  places   integer[];
+  alike    boolean := true;  -- whether all of them are of the first one's lease
+  done     integer;
 begin
-  select array_agg(m.tid), array_agg(m.id), array_agg(m.place) into target, ended, places
-  from (
-    select u.place, ids[u.place] as id, m.tid
-    from unnest(places, fences) u(place, fence)
+  if wanted = 1 then
+    delivery := "pushpop".prove(settle_done.topic, ids[1], tokens[1]);
+    select array[m.ctid] into target from "pushpop".messages m
+    where m.topic = settle_done.topic and m.id = ids[1] and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+    if found then
+      ended := ids;
+      places := array[1];
+    end if;
+  else
+    -- Mostly they were popped together: one look at the lease proves them all.
+    select l.ids, l.fences into known from "pushpop".leases l where l.topic = settle_done.topic and l.key = first;
+    select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+    from unnest(ids, tokens) with ordinality u(id, token, place)
     cross join lateral (
       select m.ctid as tid from "pushpop".messages m
-      where m.topic = settle_done.topic and m.id = ids[u.place] and m.fence = u.fence - 1
+      where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
-  ) m;
-  if keep > 0 then
+    where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
+      and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
+      and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
+    alike := cardinality(places) = wanted;
+    if alike is not true then
+      select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
+      into target, ended, places
+      from unnest(ids, tokens) with ordinality u(id, token, place)
+      cross join lateral (
+        select from "pushpop".leases l
+        cross join lateral (
+          select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
+        ) s
+        where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
+          and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
+        limit 1
+      ) l
+      cross join lateral (
+        select m.ctid as tid from "pushpop".messages m
+        where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      ) m
+      where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
+    end if;
+  end if;
+  if target is null then
+    return null;
+  elsif keep > 0 then
     update "pushpop".messages m
     set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
         done_at = moment, delete_at = moment + keep * interval '1 second'
@@ -762,15 +809,20 @@ begin
       select m.id, m.done_at from "pushpop".messages m where m.topic = settle_done.topic and m.id = u.id offset 0
     ) m on true
     where case when keep > 0 then m.done_at = moment else m.id is null end;
-    if cardinality(ended) > done then
+    if done = 0 or cardinality(ended) > done then
       return null;
     end if;
+    alike := false;
   end if;
   if keep > 0 then
     insert into "pushpop".history (topic, delete_at, id, n, ids)
-    select settle_done.topic, moment + keep * interval '1 second', ended[p], least(250, cardinality(ended) - p + 1),
-           ended[p : p + 249]
-    from generate_series(1, cardinality(ended), 250) p;
+    select settle_done.topic, moment + keep * interval '1 second', ended[p], least(250, done - p + 1), ended[p : p + 249]
+    from generate_series(1, done, 250) p;
+  end if;
+  if tidy and alike then
+    perform "pushpop".tidy_lease(settle_done.topic, first, done);
+  elsif tidy then
+    perform "pushpop".tidy_leases(settle_done.topic, array(select tokens[p] from unnest(places) p));
   end if;
   return places;
 end
@@ -792,70 +844,37 @@ CREATE FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outc
 declare
   moment  timestamptz := clock_timestamp();
   wanted  integer := cardinality(ids);
-  places  integer[];  -- of the leases that are proved
-  fences  integer[];  -- the numbers of their deliveries
-  settled integer[];
+  settled integer[];  -- places
+  ended   bytea[];    -- tokens of deliveries that ended, but for those that settle_done saw to
   one     record;
+  fence   integer;
 begin
   perform "pushpop".check_topic(settle_many.topic);
   perform "pushpop".check_settle(ids, tokens, outcomes, delays, errors, keep);
-  if wanted = 1 and outcomes <@ '{complete,discard}' then
-    if "pushpop".settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
-      perform "pushpop".make_durable();
-      return;
-    end if;
-  end if;
-  with asked as materialized (
-    select u.place::integer as place, u.id, u.token, substring(u.token from 1 for 16) as key,
-           get_byte(u.token, 16) * 256 + get_byte(u.token, 17) as slot
-    from unnest(ids, tokens) with ordinality u(id, token, place)
-    where octet_length(u.token) = 22
-  ),
-  lease as materialized (
-    select k.key, l.ids, l.fences
-    from (select distinct a.key from asked a offset 0) k
-    cross join lateral (
-      select l.ids, l.fences from "pushpop".leases l where l.topic = settle_many.topic and l.key = k.key offset 0
-    ) l
-  )
-  select array_agg(a.place order by a.id), array_agg(l.fences[a.slot] order by a.id) into places, fences
-  from asked a join lease l on l.key = a.key
-  where l.ids[a.slot] = a.id and substring(a.token from 19) = int4send(l.fences[a.slot]);
-  -- A lease that was extended has a row of its own, which may outlive the other.
-  if coalesce(cardinality(places), 0) < wanted then
-    select array_agg(p.place order by p.id), array_agg(p.fence order by p.id) into places, fences
-    from (
-      select u.place, ids[u.place] as id, u.fence from unnest(places, fences) u(place, fence)
-      union
-      select a.place::integer, a.id, l.fences[1]
-      from unnest(ids, tokens) with ordinality a(id, token, place)
-      cross join lateral (
-        select l.fences from "pushpop".leases l
-        where l.topic = settle_many.topic and l.key = a.token and l.ids[1] = a.id offset 0
-      ) l
-    ) p;
-  end if;
-  if places is null then
-    null;
-  elsif outcomes <@ '{complete}' or outcomes <@ '{discard}' then
-    settled := "pushpop".settle_done(settle_many.topic, ids, places, fences, outcomes[1], moment, keep);
+  if outcomes <@ '{complete}' or outcomes <@ '{discard}' then
+    settled := "pushpop".settle_done(settle_many.topic, ids, tokens, outcomes[1], moment, keep, tidy);
   else
-    if outcomes && '{complete,discard}' then
-      select array_agg(p) into settled
-      from (
-        select o.outcome, array_agg(u.place order by u.ordinal) as places, array_agg(u.fence order by u.ordinal) as fences
-        from unnest(places, fences) with ordinality u(place, fence, ordinal)
-        join unnest(outcomes) with ordinality o(outcome, place) on o.place = u.place
-        where o.outcome in ('complete', 'discard')
-        group by o.outcome
-      ) alike
-      cross join lateral unnest("pushpop".settle_done(settle_many.topic, ids, alike.places, alike.fences, alike.outcome, moment, keep)) p;
-    end if;
     for one in
-      select u.place, u.fence, outcomes[u.place] as outcome from unnest(places, fences) u(place, fence)
+      select u.outcome, array_agg(u.place order by u.place)::integer[] as places,
+             array_agg(u.id order by u.place) as ids, array_agg(u.token order by u.place) as tokens
+      from unnest(ids, tokens, outcomes) with ordinality u(id, token, outcome, place)
+      where u.outcome in ('complete', 'discard') group by u.outcome
     loop
-      if one.outcome = 'extend' then
-        lease_until := "pushpop".extend_lease(settle_many.topic, ids[one.place], one.fence, tokens[one.place],
+      settled := settled || array(
+        select one.places[p]
+        from unnest("pushpop".settle_done(settle_many.topic, one.ids, one.tokens, one.outcome, moment, keep, tidy)) p);
+    end loop;
+    -- In the order of the ids, so that two batches with the same ones cannot deadlock.
+    for one in
+      select u.place::integer, u.id, u.token, u.outcome
+      from unnest(ids, tokens, outcomes) with ordinality u(id, token, outcome, place)
+      where u.outcome not in ('complete', 'discard') order by u.id, u.place
+    loop
+      fence := "pushpop".prove(settle_many.topic, one.id, one.token);
+      if fence is null then
+        continue;
+      elsif one.outcome = 'extend' then
+        lease_until := "pushpop".extend_lease(settle_many.topic, one.id, fence, one.token,
                                             moment + delays[one.place] * interval '1 second');
         if lease_until is not null then
           place := one.place;
@@ -863,22 +882,15 @@ begin
           return next;
           settled := settled || one.place;
         end if;
-      elsif one.outcome in ('defer', 'release', 'fail') then
-        if "pushpop".give_back(settle_many.topic, ids[one.place], one.fence, one.outcome, moment,
-                             delays[one.place], errors[one.place]) then
-          settled := settled || one.place;
-        end if;
+      elsif "pushpop".give_back(settle_many.topic, one.id, fence, one.outcome, moment,
+                              delays[one.place], errors[one.place]) then
+        settled := settled || one.place;
+        ended := ended || one.token;
       end if;
     end loop;
-  end if;
-  if tidy and settled is not null then
-    perform "pushpop".tidy_lease(settle_many.topic, k.key, k.used)
-    from (
-      select substring(u.token from 1 for 16) as key, count(*)::integer as used
-      from unnest(tokens, outcomes) with ordinality u(token, outcome, place)
-      where (cardinality(settled) = wanted or u.place = any (settled)) and u.outcome <> 'extend'
-      group by 1 order by 1
-    ) k;
+    if tidy then
+      perform "pushpop".tidy_leases(settle_many.topic, ended);
+    end if;
   end if;
   perform "pushpop".make_durable();
   -- What was not settled now may have been settled by the same lease before.
@@ -914,45 +926,6 @@ begin
             detail = case problem when 'gone' then 'the message is not stored any more'
                        else 'it expired and was handed on, or was settled before' end;
   end if;
-end
-$$;
-CREATE FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) RETURNS boolean
-    LANGUAGE plpgsql
-    AS $$
-#variable_conflict use_column
-declare
-  lease_key bytea := substring(token from 1 for 16);
-  slot      integer;
-  delivery  integer;
-begin
-  if octet_length(token) is distinct from 22 then
-    return false;
-  end if;
-  slot := get_byte(token, 16) * 256 + get_byte(token, 17);
-  select l.fences[slot] into delivery from "pushpop".leases l
-  where l.topic = settle_single.topic and l.key = lease_key and l.ids[slot] = settle_single.id;
-  if not found or int4send(delivery) is distinct from substring(token from 19) then
-    return false;
-  elsif keep > 0 then
-    update "pushpop".messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
-        done_at = moment, delete_at = moment + keep * interval '1 second'
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
-      and m.state in ('p', 'd', 'r', 'f', 'e');
-    if found then
-      insert into "pushpop".history (topic, delete_at, id, n, ids)
-      values (settle_single.topic, moment + keep * interval '1 second', settle_single.id, 1, array[settle_single.id]);
-    end if;
-  else
-    delete from "pushpop".messages m
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
-      and m.state in ('p', 'd', 'r', 'f', 'e');
-  end if;
-  if found and tidy then
-    perform "pushpop".tidy_lease(settle_single.topic, lease_key, 1);
-    return true;
-  end if;
-  return found;
 end
 $$;
 CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) RETURNS record
@@ -1034,37 +1007,38 @@ begin
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) RETURNS uuid[]
+CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) RETURNS record
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 declare
   run   record;
   whole tid[];
-  ids   uuid[];
   want  integer := max;
   -- One row at a time: what is fetched is locked, and must be taken.
   front cursor for
-    select q.ctid as tid, q.n, q.ids from "pushpop".runs q
+    select q.ctid as tid, q.n, q.fence, q.ids from "pushpop".runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
 begin
   if max = 1 then
-    select q.ctid as tid, q.n, q.ids into run from "pushpop".runs q
+    select q.ctid as tid, q.n, q.fence, q.ids into run from "pushpop".runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     limit 1 for update skip locked;
     if not found then
-      return null;
+      return;
     elsif run.n = 1 then
       delete from "pushpop".runs q where q.topic = take_runs.topic and q.ctid = run.tid;
-      return run.ids;
+    else
+      update "pushpop".runs q
+      set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+      where q.topic = take_runs.topic and q.ctid = run.tid;
     end if;
-    update "pushpop".runs q
-    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
-    where q.topic = take_runs.topic and q.ctid = run.tid;
-    return run.ids[1 : 1];
+    ids := run.ids[1 : 1];
+    fences := array[run.fence + 1];
+    return;
   end if;
   open front;
   loop
@@ -1073,21 +1047,20 @@ begin
     if run.n <= want then
       whole := whole || run.tid;
       ids := ids || run.ids;
-      want := want - run.n;
     else
       ids := ids || run.ids[1 : want];
       update "pushpop".runs q
       set n = q.n - want, place = q.place + want, id = q.ids[want + 1], ids = q.ids[want + 1 :]
       where q.topic = take_runs.topic and q.ctid = run.tid;
-      want := 0;
     end if;
+    fences := fences || array_fill(run.fence + 1, array[least(run.n, want)]);
+    want := want - least(run.n, want);
     exit when want = 0;
   end loop;
   close front;
   if whole is not null then
     delete from "pushpop".runs q where q.topic = take_runs.topic and q.ctid = any (whole);
   end if;
-  return ids;
 end
 $$;
 CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS void
@@ -1104,6 +1077,17 @@ begin
   elsif lease.open > used then
     update "pushpop".leases l set open = l.open - used where l.topic = tidy_lease.topic and l.ctid = lease.tid;
   end if;
+end
+$$;
+CREATE FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+begin
+  perform "pushpop".tidy_lease(tidy_leases.topic, k.key, k.used)
+  from (
+    select substring(u.token from 1 for 16) as key, count(*)::integer as used
+    from unnest(tokens) u(token) group by 1 order by 1
+  ) k;
 end
 $$;
 CREATE FUNCTION pushpop.topic_names() RETURNS SETOF text
@@ -1259,13 +1243,13 @@ begin
   perform pg_logical_emit_message(true, 'pushpop', 'duplicate');
 end
 $$;
-CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) RETURNS uuid[]
+CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) RETURNS record
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 declare
   patience text := current_setting('lock_timeout');
-  ids      uuid[];
+  taken    record;
 begin
   for i in 1..10 loop
     perform from "pushpop".runs q
@@ -1279,12 +1263,13 @@ begin
       limit 1 for update;
       perform set_config('lock_timeout', patience, true);
     exception when lock_not_available then
-      return null;
+      return;
     end;
-    ids := "pushpop".take_runs(wait_for_runs.topic, start, moment, max);
+    taken := "pushpop".take_runs(wait_for_runs.topic, start, moment, max);
+    ids := taken.ids;
+    fences := taken.fences;
     exit when ids is not null;
   end loop;
-  return ids;
 end
 $$;
 CREATE TABLE pushpop.behind (
@@ -1356,6 +1341,7 @@ CREATE TABLE pushpop.runs (
     pushed_at timestamp with time zone NOT NULL,
     place integer NOT NULL,
     n integer NOT NULL,
+    fence integer DEFAULT 0 NOT NULL,
     id uuid NOT NULL,
     topic text NOT NULL COLLATE pg_catalog."C",
     ids uuid[] NOT NULL
@@ -1405,6 +1391,7 @@ REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.prove(topic text, id uuid, token bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid) FROM PUBLIC;
@@ -1412,16 +1399,16 @@ REVOKE ALL ON FUNCTION pushpop.reclaim(topic text, moment timestamp with time zo
 REVOKE ALL ON FUNCTION pushpop.refuse(what text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.release(topic text, id uuid, token bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], places integer[], fences integer[], outcome text, moment timestamp with time zone, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;

@@ -43,8 +43,9 @@ declare
   until  timestamptz;
   known  record;
   start  timestamptz;
-  ids    uuid[];
-  key    bytea;
+  taken  record;
+  n      integer;
+  keys   bytea[];
 begin
   perform pushpop.check_topic(pop.topic);
   if max is null or max not between 1 and 1000 then
@@ -59,96 +60,82 @@ begin
     select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
   end if;
   start := coalesce(known.low, '-infinity');
-  ids := pushpop.take_runs(pop.topic, start, moment, max);
+  taken := pushpop.take_runs(pop.topic, start, moment, max);
 
   -- Nothing there: look at everything, first at what lies behind the mark.
-  if ids is null then
+  if taken.ids is null then
     if pushpop.reclaim(pop.topic, moment, 1000) > 0
        or exists (select from pushpop.behind b where b.topic = pop.topic)
        or pushpop.begin_sweep(pop.topic, moment, known.swept_at) then
       start := '-infinity';
-      ids := pushpop.take_runs(pop.topic, start, moment, max);
+      taken := pushpop.take_runs(pop.topic, start, moment, max);
     end if;
-    if ids is null then
-      ids := pushpop.wait_for_runs(pop.topic, start, moment, max);
+    if taken.ids is null then
+      taken := pushpop.wait_for_runs(pop.topic, start, moment, max);
     end if;
-    if ids is null then
+    if taken.ids is null then
       return;
     end if;
   end if;
 
-  if max = 1 then
-    select m.id, m.payload, m.headers, m.attempt + 1, m.max_attempts, m.fence + 1, m.pushed_at, m.ready_at, m.last_error
-    into id, payload, headers, attempt, max_attempts, fence, pushed_at, ready_at, last_error
-    from pushpop.messages m where m.topic = pop.topic and m.id = ids[1];
-    key := uuid_send(gen_random_uuid());
+  n := cardinality(taken.ids);
+  for place in 1..n by 250 loop
+    keys := keys || uuid_send(gen_random_uuid());
     insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
-    values (pop.topic, key, until, 1, ids, array[fence]);
-    token := key || '\x0001'::bytea || int4send(fence::integer);
-    lease_until := until;
-    return next;
-  else
-    return query
-      with message as materialized (
-        select u.place, m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
-        from unnest(ids) with ordinality u(id, place)
-        cross join lateral (
-          select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.last_error
-          from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
-        ) m
-      ),
-      part as materialized (
-        select p.part, uuid_send(gen_random_uuid()) as key
-        from generate_series(0, (cardinality(ids) - 1) / 250) p(part)
-      ),
-      leased as (
-        insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
-        select pop.topic, p.key, until, count(*), array_agg(m.id order by m.place), array_agg(m.fence + 1 order by m.place)
-        from message m join part p on p.part = (m.place - 1) / 250
-        group by p.part, p.key
-      )
-      select m.id, m.payload, m.headers, p.key || int2send(((m.place - 1) % 250 + 1)::int2) || int4send(m.fence + 1),
-             until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at, m.last_error
-      from message m join part p on p.part = (m.place - 1) / 250
-      order by m.place;
-  end if;
+    values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
+            taken.ids[place : place + 249], taken.fences[place : place + 249]);
+  end loop;
+  -- One probe for each id, in their order.
+  return query
+    select m.id, m.payload, m.headers,
+           keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
+           until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+    from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
+    cross join lateral (
+      select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+      from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
+    ) m;
   perform pushpop.make_durable();
 end
 $body$;
 
--- Takes the first runs, up to max messages, out of the order; returns their ids, or null.
--- A run that is larger than what is still wanted is cut: its rest stays at its place.
-create function pushpop.take_runs(topic text, start timestamptz, moment timestamptz, max integer) returns uuid[]
+-- Takes the first runs, up to max messages, out of the order; returns their ids, or null, and the
+-- numbers of their next deliveries. A run that is larger than what is still wanted is cut: its
+-- rest stays at its place.
+create function pushpop.take_runs(
+  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences integer[]
+)
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
   run   record;
   whole tid[];
-  ids   uuid[];
   want  integer := max;
   -- One row at a time: what is fetched is locked, and must be taken.
   front cursor for
-    select q.ctid as tid, q.n, q.ids from pushpop.runs q
+    select q.ctid as tid, q.n, q.fence, q.ids from pushpop.runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
 begin
   if max = 1 then
-    select q.ctid as tid, q.n, q.ids into run from pushpop.runs q
+    select q.ctid as tid, q.n, q.fence, q.ids into run from pushpop.runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     limit 1 for update skip locked;
     if not found then
-      return null;
+      return;
     elsif run.n = 1 then
       delete from pushpop.runs q where q.topic = take_runs.topic and q.ctid = run.tid;
-      return run.ids;
+    else
+      update pushpop.runs q
+      set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+      where q.topic = take_runs.topic and q.ctid = run.tid;
     end if;
-    update pushpop.runs q
-    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
-    where q.topic = take_runs.topic and q.ctid = run.tid;
-    return run.ids[1 : 1];
+    ids := run.ids[1 : 1];
+    fences := array[run.fence + 1];
+    return;
   end if;
 
   open front;
@@ -158,33 +145,34 @@ begin
     if run.n <= want then
       whole := whole || run.tid;
       ids := ids || run.ids;
-      want := want - run.n;
     else
       ids := ids || run.ids[1 : want];
       update pushpop.runs q
       set n = q.n - want, place = q.place + want, id = q.ids[want + 1], ids = q.ids[want + 1 :]
       where q.topic = take_runs.topic and q.ctid = run.tid;
-      want := 0;
     end if;
+    fences := fences || array_fill(run.fence + 1, array[least(run.n, want)]);
+    want := want - least(run.n, want);
     exit when want = 0;
   end loop;
   close front;
   if whole is not null then
     delete from pushpop.runs q where q.topic = take_runs.topic and q.ctid = any (whole);
   end if;
-  return ids;
 end
 $body$;
 
 -- Nothing was free, but a run may just be in the hands of another pop, which leaves a rest: waits
 -- for it, up to a second.
-create function pushpop.wait_for_runs(topic text, start timestamptz, moment timestamptz, max integer) returns uuid[]
+create function pushpop.wait_for_runs(
+  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences integer[]
+)
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
   patience text := current_setting('lock_timeout');
-  ids      uuid[];
+  taken    record;
 begin
   for i in 1..10 loop
     perform from pushpop.runs q
@@ -198,12 +186,13 @@ begin
       limit 1 for update;
       perform set_config('lock_timeout', patience, true);
     exception when lock_not_available then
-      return null;
+      return;
     end;
-    ids := pushpop.take_runs(wait_for_runs.topic, start, moment, max);
+    taken := pushpop.take_runs(wait_for_runs.topic, start, moment, max);
+    ids := taken.ids;
+    fences := taken.fences;
     exit when ids is not null;
   end loop;
-  return ids;
 end
 $body$;
 

@@ -45,74 +45,38 @@ as $body$
 declare
   moment  timestamptz := clock_timestamp();
   wanted  integer := cardinality(ids);
-  places  integer[];  -- of the leases that are proved
-  fences  integer[];  -- the numbers of their deliveries
-  settled integer[];
+  settled integer[];  -- places
+  ended   bytea[];    -- tokens of deliveries that ended, but for those that settle_done saw to
   one     record;
+  fence   integer;
 begin
   perform pushpop.check_topic(settle_many.topic);
   perform pushpop.check_settle(ids, tokens, outcomes, delays, errors, keep);
 
-  if wanted = 1 and outcomes <@ '{complete,discard}' then
-    if pushpop.settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
-      perform pushpop.make_durable();
-      return;
-    end if;
-  end if;
-
-  with asked as materialized (
-    select u.place::integer as place, u.id, u.token, substring(u.token from 1 for 16) as key,
-           get_byte(u.token, 16) * 256 + get_byte(u.token, 17) as slot
-    from unnest(ids, tokens) with ordinality u(id, token, place)
-    where octet_length(u.token) = 22
-  ),
-  lease as materialized (
-    select k.key, l.ids, l.fences
-    from (select distinct a.key from asked a offset 0) k
-    cross join lateral (
-      select l.ids, l.fences from pushpop.leases l where l.topic = settle_many.topic and l.key = k.key offset 0
-    ) l
-  )
-  select array_agg(a.place order by a.id), array_agg(l.fences[a.slot] order by a.id) into places, fences
-  from asked a join lease l on l.key = a.key
-  where l.ids[a.slot] = a.id and substring(a.token from 19) = int4send(l.fences[a.slot]);
-
-  -- A lease that was extended has a row of its own, which may outlive the other.
-  if coalesce(cardinality(places), 0) < wanted then
-    select array_agg(p.place order by p.id), array_agg(p.fence order by p.id) into places, fences
-    from (
-      select u.place, ids[u.place] as id, u.fence from unnest(places, fences) u(place, fence)
-      union
-      select a.place::integer, a.id, l.fences[1]
-      from unnest(ids, tokens) with ordinality a(id, token, place)
-      cross join lateral (
-        select l.fences from pushpop.leases l
-        where l.topic = settle_many.topic and l.key = a.token and l.ids[1] = a.id offset 0
-      ) l
-    ) p;
-  end if;
-
-  if places is null then
-    null;
-  elsif outcomes <@ '{complete}' or outcomes <@ '{discard}' then
-    settled := pushpop.settle_done(settle_many.topic, ids, places, fences, outcomes[1], moment, keep);
+  if outcomes <@ '{complete}' or outcomes <@ '{discard}' then
+    settled := pushpop.settle_done(settle_many.topic, ids, tokens, outcomes[1], moment, keep, tidy);
   else
-    if outcomes && '{complete,discard}' then
-      select array_agg(p) into settled
-      from (
-        select o.outcome, array_agg(u.place order by u.ordinal) as places, array_agg(u.fence order by u.ordinal) as fences
-        from unnest(places, fences) with ordinality u(place, fence, ordinal)
-        join unnest(outcomes) with ordinality o(outcome, place) on o.place = u.place
-        where o.outcome in ('complete', 'discard')
-        group by o.outcome
-      ) alike
-      cross join lateral unnest(pushpop.settle_done(settle_many.topic, ids, alike.places, alike.fences, alike.outcome, moment, keep)) p;
-    end if;
     for one in
-      select u.place, u.fence, outcomes[u.place] as outcome from unnest(places, fences) u(place, fence)
+      select u.outcome, array_agg(u.place order by u.place)::integer[] as places,
+             array_agg(u.id order by u.place) as ids, array_agg(u.token order by u.place) as tokens
+      from unnest(ids, tokens, outcomes) with ordinality u(id, token, outcome, place)
+      where u.outcome in ('complete', 'discard') group by u.outcome
     loop
-      if one.outcome = 'extend' then
-        lease_until := pushpop.extend_lease(settle_many.topic, ids[one.place], one.fence, tokens[one.place],
+      settled := settled || array(
+        select one.places[p]
+        from unnest(pushpop.settle_done(settle_many.topic, one.ids, one.tokens, one.outcome, moment, keep, tidy)) p);
+    end loop;
+    -- In the order of the ids, so that two batches with the same ones cannot deadlock.
+    for one in
+      select u.place::integer, u.id, u.token, u.outcome
+      from unnest(ids, tokens, outcomes) with ordinality u(id, token, outcome, place)
+      where u.outcome not in ('complete', 'discard') order by u.id, u.place
+    loop
+      fence := pushpop.prove(settle_many.topic, one.id, one.token);
+      if fence is null then
+        continue;
+      elsif one.outcome = 'extend' then
+        lease_until := pushpop.extend_lease(settle_many.topic, one.id, fence, one.token,
                                             moment + delays[one.place] * interval '1 second');
         if lease_until is not null then
           place := one.place;
@@ -120,23 +84,15 @@ begin
           return next;
           settled := settled || one.place;
         end if;
-      elsif one.outcome in ('defer', 'release', 'fail') then
-        if pushpop.give_back(settle_many.topic, ids[one.place], one.fence, one.outcome, moment,
-                             delays[one.place], errors[one.place]) then
-          settled := settled || one.place;
-        end if;
+      elsif pushpop.give_back(settle_many.topic, one.id, fence, one.outcome, moment,
+                              delays[one.place], errors[one.place]) then
+        settled := settled || one.place;
+        ended := ended || one.token;
       end if;
     end loop;
-  end if;
-
-  if tidy and settled is not null then
-    perform pushpop.tidy_lease(settle_many.topic, k.key, k.used)
-    from (
-      select substring(u.token from 1 for 16) as key, count(*)::integer as used
-      from unnest(tokens, outcomes) with ordinality u(token, outcome, place)
-      where (cardinality(settled) = wanted or u.place = any (settled)) and u.outcome <> 'extend'
-      group by 1 order by 1
-    ) k;
+    if tidy then
+      perform pushpop.tidy_leases(settle_many.topic, ended);
+    end if;
   end if;
   perform pushpop.make_durable();
 
@@ -158,74 +114,98 @@ begin
 end
 $body$;
 
--- The usual case, in one statement: one message is completed or discarded, and its lease is in order.
-create function pushpop.settle_single(
-  topic text, id uuid, token bytea, outcome text, moment timestamptz, keep double precision, tidy boolean
-) returns boolean
+-- The number of the delivery that a token proves; null if its lease is not known. A lease that was
+-- extended has a row of its own, which may outlive the one it shared.
+create function pushpop.prove(topic text, id uuid, token bytea) returns integer
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
-  lease_key bytea := substring(token from 1 for 16);
+  lease_key bytea   := substring(token from 1 for 16);
   slot      integer;
   delivery  integer;
 begin
   if octet_length(token) is distinct from 22 then
-    return false;
+    return null;
   end if;
   slot := get_byte(token, 16) * 256 + get_byte(token, 17);
   select l.fences[slot] into delivery from pushpop.leases l
-  where l.topic = settle_single.topic and l.key = lease_key and l.ids[slot] = settle_single.id;
-  if not found or int4send(delivery) is distinct from substring(token from 19) then
-    return false;
-  elsif keep > 0 then
-    update pushpop.messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
-        done_at = moment, delete_at = moment + keep * interval '1 second'
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
-      and m.state in ('p', 'd', 'r', 'f', 'e');
-    if found then
-      insert into pushpop.history (topic, delete_at, id, n, ids)
-      values (settle_single.topic, moment + keep * interval '1 second', settle_single.id, 1, array[settle_single.id]);
-    end if;
-  else
-    delete from pushpop.messages m
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
-      and m.state in ('p', 'd', 'r', 'f', 'e');
+  where l.topic = prove.topic and l.key = lease_key and l.ids[slot] = prove.id;
+  if not found then
+    select l.fences[1] into delivery from pushpop.leases l
+    where l.topic = prove.topic and l.key = prove.token and l.ids[1] = prove.id;
   end if;
-  if found and tidy then
-    perform pushpop.tidy_lease(settle_single.topic, lease_key, 1);
-    return true;
-  end if;
-  return found;
+  return case when int4send(delivery) = substring(token from 19) then delivery end;
 end
 $body$;
 
--- Completes or discards the messages of proved leases; returns the places of those of which that
--- was true.
+-- Completes or discards the messages of those leases that are proved; returns their places.
 create function pushpop.settle_done(
-  topic text, ids uuid[], places integer[], fences integer[], outcome text, moment timestamptz, keep double precision
+  topic text, ids uuid[], tokens bytea[], outcome text, moment timestamptz, keep double precision, tidy boolean
 ) returns integer[]
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
-  target  tid[];
-  ended   uuid[];
-  done    integer;
+  wanted   integer := cardinality(ids);
+  first    bytea   := substring(tokens[1] from 1 for 16);
+  known    record;
+  delivery integer;
+  target   tid[];
+  ended    uuid[];
+  places   integer[];
+  alike    boolean := true;  -- whether all of them are of the first one's lease
+  done     integer;
 begin
-  select array_agg(m.tid), array_agg(m.id), array_agg(m.place) into target, ended, places
-  from (
-    select u.place, ids[u.place] as id, m.tid
-    from unnest(places, fences) u(place, fence)
+  if wanted = 1 then
+    delivery := pushpop.prove(settle_done.topic, ids[1], tokens[1]);
+    select array[m.ctid] into target from pushpop.messages m
+    where m.topic = settle_done.topic and m.id = ids[1] and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+    if found then
+      ended := ids;
+      places := array[1];
+    end if;
+  else
+    -- Mostly they were popped together: one look at the lease proves them all.
+    select l.ids, l.fences into known from pushpop.leases l where l.topic = settle_done.topic and l.key = first;
+    select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+    from unnest(ids, tokens) with ordinality u(id, token, place)
     cross join lateral (
       select m.ctid as tid from pushpop.messages m
-      where m.topic = settle_done.topic and m.id = ids[u.place] and m.fence = u.fence - 1
+      where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
-  ) m;
+    where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
+      and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
+      and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
 
-  if keep > 0 then
+    alike := cardinality(places) = wanted;
+    if alike is not true then
+      select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
+      into target, ended, places
+      from unnest(ids, tokens) with ordinality u(id, token, place)
+      cross join lateral (
+        select from pushpop.leases l
+        cross join lateral (
+          select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
+        ) s
+        where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
+          and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
+        limit 1
+      ) l
+      cross join lateral (
+        select m.ctid as tid from pushpop.messages m
+        where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      ) m
+      where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
+    end if;
+  end if;
+
+  if target is null then
+    return null;
+  elsif keep > 0 then
     update pushpop.messages m
     set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
         done_at = moment, delete_at = moment + keep * interval '1 second'
@@ -244,16 +224,21 @@ begin
       select m.id, m.done_at from pushpop.messages m where m.topic = settle_done.topic and m.id = u.id offset 0
     ) m on true
     where case when keep > 0 then m.done_at = moment else m.id is null end;
-    if cardinality(ended) > done then
+    if done = 0 or cardinality(ended) > done then
       return null;
     end if;
+    alike := false;
   end if;
 
   if keep > 0 then
     insert into pushpop.history (topic, delete_at, id, n, ids)
-    select settle_done.topic, moment + keep * interval '1 second', ended[p], least(250, cardinality(ended) - p + 1),
-           ended[p : p + 249]
-    from generate_series(1, cardinality(ended), 250) p;
+    select settle_done.topic, moment + keep * interval '1 second', ended[p], least(250, done - p + 1), ended[p : p + 249]
+    from generate_series(1, done, 250) p;
+  end if;
+  if tidy and alike then
+    perform pushpop.tidy_lease(settle_done.topic, first, done);
+  elsif tidy then
+    perform pushpop.tidy_leases(settle_done.topic, array(select tokens[p] from unnest(places) p));
   end if;
   return places;
 end
@@ -291,8 +276,8 @@ begin
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
-    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
-    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.id, array[message.id]);
+    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, give_back.fence, message.id, array[message.id]);
     if message.ready_at < moment + interval '1 second' then
       insert into pushpop.behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
       on conflict do nothing;
@@ -324,6 +309,19 @@ begin
   on conflict (topic, key) do update set lease_until = greatest(l.lease_until, excluded.lease_until)
   returning lease_until into ends;
   return ends;
+end
+$body$;
+
+-- Notes that the deliveries of these tokens have ended.
+create function pushpop.tidy_leases(topic text, tokens bytea[]) returns void
+language plpgsql
+as $body$
+begin
+  perform pushpop.tidy_lease(tidy_leases.topic, k.key, k.used)
+  from (
+    select substring(u.token from 1 for 16) as key, count(*)::integer as used
+    from unnest(tokens) u(token) group by 1 order by 1
+  ) k;
 end
 $body$;
 

@@ -40,6 +40,7 @@ create table pushpop.runs (
   pushed_at timestamptz not null,
   place     integer not null,   -- of the first message
   n         integer not null,
+  fence     integer not null default 0,  -- deliveries of each of them that are over, as in its message
   id        uuid not null,      -- of the first message
   topic     text collate "C" not null,
   ids       uuid[] not null,
