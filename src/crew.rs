@@ -196,6 +196,9 @@ impl Engine {
         }
         if let Some((topic, cargo, outcome)) = shared {
             self.note_outage(&mut state, outcome.error.as_ref());
+            if let Cargo::Settle(jobs) = &cargo {
+                state.unwanted -= jobs.iter().filter(|job| job.unwanted).count();
+            }
             if own {
                 let pops = if let Cargo::Pop(pops) = cargo { pops.jobs } else { Vec::new() };
                 self.release_lane(&mut state, &topic, id, pops, &outcome);
@@ -208,6 +211,9 @@ impl Engine {
             if let Some(ready) = outcome.pushed {
                 self.wake(&mut state, &topic, ready);
             }
+        }
+        if state.closed {
+            self.grounded.notify_all();
         }
         if state.outside_waits > 0 {
             self.work.notify_all();

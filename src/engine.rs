@@ -23,6 +23,9 @@ use crate::slot::{FlightId, Slot, Waited, lock};
 /// How many threads may hang on connections that do not answer, beside those that work.
 pub(crate) const STRAYS: usize = 16;
 
+/// How long closing waits for what is under way.
+const CLOSING: Duration = Duration::from_secs(1);
+
 /// What the builder decided.
 pub(crate) struct Settings {
     pub(crate) pool_size: usize,
@@ -49,6 +52,8 @@ pub(crate) struct Engine {
     pub(crate) work: Condvar,
     /// The keeper has something earlier to do.
     pub(crate) tick: Condvar,
+    /// A flight has ended after the queue was closed.
+    pub(crate) grounded: Condvar,
 }
 
 impl Engine {
@@ -78,6 +83,7 @@ impl Engine {
             hint: AtomicBool::new(false),
             work: Condvar::new(),
             tick: Condvar::new(),
+            grounded: Condvar::new(),
         }))
     }
 
@@ -219,6 +225,15 @@ impl Engine {
                 drop(slot.land(*id, Err(Error::closed())));
             }
         }
+        let until = Instant::now() + CLOSING;
+        let mut state = lock(&self.state);
+        while state.unwanted > 0 || state.airborne.values().any(|flight| !flight.waiting.is_empty()) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.grounded.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
         tracing::debug!("closed");
     }
 
@@ -245,7 +260,10 @@ impl Engine {
             .into_iter()
             .map(|grant| Settle { id: grant.message.id, token: grant.token, verb: Verb::Release })
             .collect();
-        if let Err(e) = self.settle(topic, SettleJob { settles, slot: Arc::new(Slot::new()) }) {
+        lock(&self.state).unwanted += 1;
+        if let Err(e) = self.settle(topic, SettleJob { settles, unwanted: true, slot: Arc::new(Slot::new()) })
+        {
+            lock(&self.state).unwanted -= 1;
             tracing::warn!(topic, "cannot release messages, their leases will expire: {e}");
         }
     }

@@ -29,6 +29,8 @@ pub(crate) struct PopJob {
 
 pub(crate) struct SettleJob {
     pub(crate) settles: Vec<Settle>,
+    /// Messages that came for somebody who was gone.
+    pub(crate) unwanted: bool,
     pub(crate) slot: Arc<Slot<Vec<Verdict>>>,
 }
 
@@ -42,6 +44,9 @@ pub(crate) trait Task: Send {
 /// together get less done. One that takes longer, because it waits for a lock or is far from its
 /// server, does not hold up the rest.
 pub(crate) const ALONE: Duration = Duration::from_millis(20);
+
+/// A flight of so many messages is not alone: it costs as much in two halves.
+const LARGE: usize = 250;
 
 #[derive(Default)]
 pub(crate) struct Lane {
@@ -116,6 +121,8 @@ pub(crate) struct State {
     /// Topics that were used since their last upkeep, and when the next is due.
     pub(crate) used: HashMap<Arc<str>, Instant>,
     pub(crate) keeper_until: Option<Instant>,
+    /// Requests to give unwanted messages back.
+    pub(crate) unwanted: usize,
     pub(crate) outage: bool,
     pub(crate) listening: bool,
     pub(crate) closed: bool,
@@ -155,8 +162,9 @@ impl State {
             let Some(lane) = self.lanes.get_mut(&topic) else { continue };
             lane.listed = false;
             if let Some(cargo) = lane.board(id) {
-                lane.flying = Some(id);
+                lane.flying = (cargo.rows() < LARGE).then_some(id);
                 lane.flights += 1;
+                self.list(&topic);
                 return Some(Load::Shared(topic, cargo));
             }
             self.list(&topic);
@@ -201,8 +209,7 @@ impl Lane {
     fn board_pushes(&mut self, id: FlightId) -> Option<Cargo> {
         let (mut jobs, mut rows, mut bytes) = (Vec::new(), 0, 0);
         while let Some(job) = self.pushes.front() {
-            let full =
-                rows + job.messages.len() > limits::FLIGHT_ROWS || bytes + job.bytes > limits::FLIGHT_BYTES;
+            let full = rows + job.messages.len() > LARGE || bytes + job.bytes > limits::FLIGHT_BYTES;
             if full && !jobs.is_empty() {
                 break;
             }
@@ -219,7 +226,7 @@ impl Lane {
     fn board_settles(&mut self, id: FlightId) -> Option<Cargo> {
         let (mut jobs, mut rows) = (Vec::new(), 0);
         while let Some(job) = self.settles.front() {
-            if rows + job.settles.len() > limits::FLIGHT_ROWS && !jobs.is_empty() {
+            if rows + job.settles.len() > LARGE && !jobs.is_empty() {
                 break;
             }
             let Some(job) = self.settles.pop_front() else { break };
@@ -239,7 +246,7 @@ impl Lane {
         let lease = self.pops.front()?.lease;
         let (mut jobs, mut rows) = (Vec::new(), 0);
         while let Some(job) = self.pops.front() {
-            if job.lease != lease || rows + job.max > limits::FLIGHT_ROWS && !jobs.is_empty() {
+            if job.lease != lease || rows + job.max > LARGE && !jobs.is_empty() {
                 break;
             }
             let Some(job) = self.pops.pop_front() else { break };
@@ -261,6 +268,15 @@ impl Cargo {
             Cargo::Push(jobs) => jobs.len(),
             Cargo::Settle(jobs) => jobs.len(),
             Cargo::Pop(pops) => pops.jobs.len(),
+        }
+    }
+
+    /// How many messages it is about, at most.
+    fn rows(&self) -> usize {
+        match self {
+            Cargo::Push(jobs) => jobs.iter().map(|job| job.messages.len()).sum(),
+            Cargo::Settle(jobs) => jobs.iter().map(|job| job.settles.len()).sum(),
+            Cargo::Pop(pops) => pops.jobs.iter().map(|job| job.max).sum(),
         }
     }
 

@@ -61,7 +61,7 @@ impl Handle {
 
     pub(crate) fn settle(&self, topic: &str, settles: Vec<Settle>) -> Result<Vec<Verdict>> {
         let (slot, deadline) = (Arc::new(Slot::new()), self.deadline());
-        self.engine.settle(topic, SettleJob { settles, slot: Arc::clone(&slot) })?;
+        self.engine.settle(topic, SettleJob { settles, unwanted: false, slot: Arc::clone(&slot) })?;
         wait(&slot, Some(deadline))
     }
 
@@ -111,7 +111,10 @@ impl Queue {
 
     /// Ends waiting pops with [`Closed`](crate::ErrorKind::Closed), and iterators. Afterwards pushes,
     /// pops and transactions are refused; leases that are held can still be settled, and messages and
-    /// topics looked at. Returns at once; closing again does nothing.
+    /// topics looked at. Closing again does nothing.
+    ///
+    /// Blocks until messages that were on their way to waiting pops are given back, up to a second. Those
+    /// of a server that does not answer in that time are free again when their leases end.
     pub fn close(&self) {
         self.engine().close();
     }
@@ -292,7 +295,8 @@ impl Queue {
     /// Pops the oldest message that is ready, and waits for one if there is none, for as long as it
     /// takes. Rides through restarts and failovers of the server.
     ///
-    /// A waiting thread holds no connection and sends no queries.
+    /// A waiting thread holds no connection and sends no queries; a topic that is waited for costs one query a
+    /// poll interval, however many threads wait.
     ///
     /// # Errors
     ///

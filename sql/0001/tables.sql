@@ -24,7 +24,7 @@ create table pushpop.messages (
 
   primary key (topic, id)   -- and no check of the state: it would cost as much as the insert
 ) with (
-  fillfactor = 60,
+  fillfactor = 46,
   autovacuum_vacuum_scale_factor = 0.05,
   autovacuum_vacuum_threshold = 10000,
   autovacuum_vacuum_cost_delay = 0

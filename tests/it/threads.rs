@@ -335,6 +335,34 @@ fn a_message_popped_while_closing_is_released() {
     until("it was told", || abandoned.0.load(Ordering::SeqCst) == 1);
 }
 
+/// A program may end right after it closed its queue: messages that were on their way to waiting
+/// threads used to stay leased then.
+#[test]
+fn when_closing_returns_nothing_is_left_on_its_way() {
+    let world = World::new();
+    let other = world.queue();
+    for round in 0..20 {
+        let queue = world.queue();
+        let start = Barrier::new(17);
+        thread::scope(|scope| {
+            for _ in 0..16 {
+                let (queue, start) = (&queue, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    while let Ok(lease) = queue.pop("t") {
+                        lease.complete().unwrap();
+                    }
+                });
+            }
+            start.wait();
+            other.push_many("t", (0..40).map(|i| format!("{i}"))).unwrap();
+            thread::sleep(Duration::from_millis(round));
+            queue.close();
+        });
+        assert_eq!(stats(&other, "t").leased(), 0, "round {round}");
+    }
+}
+
 /// The same when the queue is dropped: the pop of a thread that was left behind.
 #[test]
 fn pops_with_timeouts_lose_nothing() {
