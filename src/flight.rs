@@ -11,7 +11,7 @@ use crate::calls::{Grant, Settle, Verdict, headers_json};
 use crate::crew::Outcome;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::lane::{Cargo, Pops, PushJob, SettleJob};
+use crate::lane::{Cargo, Job, Pops, PushJob, SettleJob};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
@@ -234,25 +234,8 @@ impl Flight<'_> {
     }
 }
 
-/// How many rows a request has in its flight.
-trait Rows {
-    fn rows(&self) -> usize;
-}
-
-impl Rows for PushJob {
-    fn rows(&self) -> usize {
-        self.messages.len()
-    }
-}
-
-impl Rows for SettleJob {
-    fn rows(&self) -> usize {
-        self.settles.len()
-    }
-}
-
 /// To each request its part of the answers.
-fn split<A>(jobs: &[impl Rows], answers: Vec<A>) -> Vec<Vec<A>> {
+fn split<A>(jobs: &[impl Job], answers: Vec<A>) -> Vec<Vec<A>> {
     let mut rest = answers.into_iter();
     jobs.iter().map(|job| rest.by_ref().take(job.rows()).collect()).collect()
 }

@@ -45,8 +45,8 @@ pub(crate) trait Task: Send {
 /// server, does not hold up the rest.
 pub(crate) const ALONE: Duration = Duration::from_millis(20);
 
-/// A flight of so many messages is not alone: it costs as much in two halves.
-const LARGE: usize = 250;
+/// A request of so many messages has a flight of its own beside others: sharing would save it nothing.
+const LARGE: usize = 100;
 
 #[derive(Default)]
 pub(crate) struct Lane {
@@ -162,7 +162,7 @@ impl State {
             let Some(lane) = self.lanes.get_mut(&topic) else { continue };
             lane.listed = false;
             if let Some(cargo) = lane.board(id) {
-                lane.flying = (cargo.rows() < LARGE).then_some(id);
+                lane.flying = (!cargo.is_large()).then_some(id);
                 lane.flights += 1;
                 self.list(&topic);
                 return Some(Load::Shared(topic, cargo));
@@ -207,34 +207,12 @@ impl Lane {
     }
 
     fn board_pushes(&mut self, id: FlightId) -> Option<Cargo> {
-        let (mut jobs, mut rows, mut bytes) = (Vec::new(), 0, 0);
-        while let Some(job) = self.pushes.front() {
-            let full = rows + job.messages.len() > LARGE || bytes + job.bytes > limits::FLIGHT_BYTES;
-            if full && !jobs.is_empty() {
-                break;
-            }
-            let Some(job) = self.pushes.pop_front() else { break };
-            if job.slot.board(id) {
-                rows += job.messages.len();
-                bytes += job.bytes;
-                jobs.push(job);
-            }
-        }
+        let jobs = board(&mut self.pushes, id, |_| true);
         (!jobs.is_empty()).then_some(Cargo::Push(jobs))
     }
 
     fn board_settles(&mut self, id: FlightId) -> Option<Cargo> {
-        let (mut jobs, mut rows) = (Vec::new(), 0);
-        while let Some(job) = self.settles.front() {
-            if rows + job.settles.len() > LARGE && !jobs.is_empty() {
-                break;
-            }
-            let Some(job) = self.settles.pop_front() else { break };
-            if job.slot.board(id) {
-                rows += job.settles.len();
-                jobs.push(job);
-            }
-        }
+        let jobs = board(&mut self.settles, id, |_| true);
         (!jobs.is_empty()).then_some(Cargo::Settle(jobs))
     }
 
@@ -244,20 +222,80 @@ impl Lane {
         self.signal = false;
         self.pops.retain(|job| job.slot.is_queued());
         let lease = self.pops.front()?.lease;
-        let (mut jobs, mut rows) = (Vec::new(), 0);
-        while let Some(job) = self.pops.front() {
-            if job.lease != lease || rows + job.max > LARGE && !jobs.is_empty() {
-                break;
-            }
-            let Some(job) = self.pops.pop_front() else { break };
-            if job.slot.board(id) {
-                rows += job.max;
-                jobs.push(job);
-            }
-        }
+        let jobs = board(&mut self.pops, id, |job| job.lease == lease);
         let poll = std::mem::take(&mut self.poll);
         let registered = self.registered.is_some_and(|until| until > Instant::now());
         (!jobs.is_empty()).then_some(Cargo::Pop(Pops { jobs, lease, poll, registered }))
+    }
+}
+
+/// Requests from the front of a queue, as many as one flight may carry. One always finds room.
+fn board<J: Job>(queue: &mut VecDeque<J>, id: FlightId, alike: impl Fn(&J) -> bool) -> Vec<J> {
+    let (mut jobs, mut rows, mut bytes) = (Vec::new(), 0, 0);
+    while let Some(job) = queue.front() {
+        let large = job.rows() >= LARGE;
+        let full = rows + job.rows() > limits::FLIGHT_ROWS || bytes + job.bytes() > limits::FLIGHT_BYTES;
+        if !alike(job) || !jobs.is_empty() && (large || full) {
+            break;
+        }
+        let Some(job) = queue.pop_front() else { break };
+        if job.board(id) {
+            rows += job.rows();
+            bytes += job.bytes();
+            jobs.push(job);
+            if large {
+                break;
+            }
+        }
+    }
+    jobs
+}
+
+/// A request that may share its flight.
+pub(crate) trait Job {
+    /// How many messages it is about, at most.
+    fn rows(&self) -> usize;
+
+    /// How many bytes it sends.
+    fn bytes(&self) -> usize {
+        0
+    }
+
+    /// Takes it along, if somebody still waits for it.
+    fn board(&self, flight: FlightId) -> bool;
+}
+
+impl Job for PushJob {
+    fn rows(&self) -> usize {
+        self.messages.len()
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn board(&self, flight: FlightId) -> bool {
+        self.slot.board(flight)
+    }
+}
+
+impl Job for SettleJob {
+    fn rows(&self) -> usize {
+        self.settles.len()
+    }
+
+    fn board(&self, flight: FlightId) -> bool {
+        self.slot.board(flight)
+    }
+}
+
+impl Job for PopJob {
+    fn rows(&self) -> usize {
+        self.max
+    }
+
+    fn board(&self, flight: FlightId) -> bool {
+        self.slot.board(flight)
     }
 }
 
@@ -271,13 +309,13 @@ impl Cargo {
         }
     }
 
-    /// How many messages it is about, at most.
-    fn rows(&self) -> usize {
-        match self {
-            Cargo::Push(jobs) => jobs.iter().map(|job| job.messages.len()).sum(),
-            Cargo::Settle(jobs) => jobs.iter().map(|job| job.settles.len()).sum(),
-            Cargo::Pop(pops) => pops.jobs.iter().map(|job| job.max).sum(),
-        }
+    fn is_large(&self) -> bool {
+        let first = match self {
+            Cargo::Push(jobs) => jobs.first().map(Job::rows),
+            Cargo::Settle(jobs) => jobs.first().map(Job::rows),
+            Cargo::Pop(pops) => pops.jobs.first().map(Job::rows),
+        };
+        first >= Some(LARGE)
     }
 
     pub(crate) fn kind(&self) -> &'static str {

@@ -1329,7 +1329,7 @@ CREATE TABLE pushpop.messages (
     headers jsonb,
     payload bytea NOT NULL
 )
-WITH (fillfactor='60', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
+WITH (fillfactor='46', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
 ALTER TABLE ONLY pushpop.messages ALTER COLUMN payload SET STORAGE EXTERNAL;
 CREATE TABLE pushpop.migrations (
     version integer NOT NULL,

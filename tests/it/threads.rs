@@ -284,6 +284,32 @@ fn closing_ends_the_threads_in_the_end() {
     until("connections end", || !has_connection(&world, &mut client, "true"));
 }
 
+/// More than one flight can carry, and with leases of different lengths: those who were left behind
+/// used to send the same ones again and again.
+#[test]
+fn pops_that_do_not_fit_one_flight_wait_quietly_and_are_served() {
+    let world = World::new();
+    let flights = Flights::default();
+    let queue = world.open(world.builder().observer(flights.clone()));
+    thread::scope(|scope| {
+        let waiting: Vec<_> = (0..24)
+            .map(|i| {
+                let queue = queue.with_lease(Duration::from_secs(60 + i % 2));
+                scope.spawn(move || queue.pop_many("t", 90, SOON).unwrap().len())
+            })
+            .collect();
+        until_wanted(&world, &mut world.client(), "t");
+        thread::sleep(Duration::from_secs(1));
+        let before = flights.0.lock().unwrap().len();
+        thread::sleep(Duration::from_secs(2));
+        let polls = flights.0.lock().unwrap().len() - before;
+        assert!(polls <= 20, "{polls} flights in 2 s with nothing to do");
+        queue.push_many("t", (0..24 * 90).map(|i| format!("{i}"))).unwrap();
+        let served: Vec<usize> = waiting.into_iter().map(|t| t.join().unwrap()).collect();
+        assert_eq!(served.iter().sum::<usize>(), 24 * 90, "{served:?}");
+    });
+}
+
 /// Counts what was handed out to nobody.
 #[derive(Clone, Default)]
 struct Abandoned(Arc<AtomicUsize>);
