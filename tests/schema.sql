@@ -305,9 +305,7 @@ CREATE FUNCTION pushpop.make_durable() RETURNS void
     LANGUAGE plpgsql
     AS $$
 begin
-  if current_setting('synchronous_commit') = 'off' then
-    perform set_config('synchronous_commit', 'on', true);
-  end if;
+  perform set_config('synchronous_commit', 'on', true);
 end
 $$;
 CREATE FUNCTION pushpop.new_id() RETURNS uuid
@@ -414,11 +412,14 @@ declare
   n      integer;
   keys   bytea[];
 begin
-  perform "pushpop".check_topic(pop.topic);
+  if octet_length(pop.topic) between 1 and 255 is not true then
+    perform "pushpop".check_topic(pop.topic);
+  end if;
   if max is null or max not between 1 and 1000 then
     perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  until := moment + "pushpop".lease_interval(lease);
+  until := moment + case when lease between 1 and 86400 then lease * interval '1 second'
+                         else "pushpop".lease_interval(lease) end;
   select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
   if not found or known.looked_at not between moment - interval '1 second' and moment then
     perform "pushpop".reclaim(pop.topic, moment, 1000);
@@ -443,23 +444,36 @@ begin
     end if;
   end if;
   n := cardinality(taken.ids);
-  for place in 1..n by 250 loop
-    keys := keys || uuid_send(gen_random_uuid());
+  if n = 1 then
+    token := uuid_send(gen_random_uuid());
     insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
-    values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
-            taken.ids[place : place + 249], taken.fences[place : place + 249]);
-  end loop;
-  -- One probe for each id, in their order.
-  return query
-    select m.id, m.payload, m.headers,
-           keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-           until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
-    from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
-    cross join lateral (
-      select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
-      from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
-    ) m;
-  perform "pushpop".make_durable();
+    values (pop.topic, token, until, 1, taken.ids, taken.fences);
+    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
+           m.fence + 1, m.pushed_at, m.ready_at, m.last_error
+    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+    from "pushpop".messages m where m.topic = pop.topic and m.id = taken.ids[1];
+    return next;
+  else
+    for place in 1..n by 250 loop
+      keys := keys || uuid_send(gen_random_uuid());
+      insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
+      values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
+              taken.ids[place : place + 249], taken.fences[place : place + 249]);
+    end loop;
+    -- One probe for each id, in their order.
+    return query
+      select m.id, m.payload, m.headers,
+             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
+             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+      from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
+      cross join lateral (
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+        from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
+      ) m;
+  end if;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
 end
 $$;
 CREATE FUNCTION pushpop.prove(topic text, id uuid, token bytea) RETURNS integer
@@ -531,7 +545,9 @@ begin
     ) m));
   get diagnostics counted = row_count;
   delete from "pushpop".runs q where q.topic = purge.topic and q.ctid = any (whole);
-  perform "pushpop".make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
   return counted;
 end
 $$;
@@ -546,7 +562,9 @@ declare
   due     timestamptz;
   known   record;
 begin
-  perform "pushpop".check_topic(push.topic), "pushpop".check_payload(push.payload);
+  if (octet_length(push.topic) between 1 and 255 and octet_length(push.payload) <= 16777216) is not true then
+    perform "pushpop".check_topic(push.topic), "pushpop".check_payload(push.payload);
+  end if;
   if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
     perform "pushpop".check_push(delay, ready_at, headers, max_attempts);
   end if;
@@ -571,7 +589,9 @@ begin
       perform pg_notify('pushpop', push.topic);
     end if;
   end if;
-  perform "pushpop".make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
 end
 $$;
 CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid) RETURNS SETOF integer
@@ -658,7 +678,9 @@ begin
       perform pg_notify('pushpop', push_many.topic);
     end if;
   end if;
-  perform "pushpop".make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
   if places is not null then
     perform "pushpop".wait_for_duplicate();
     return query select p from generate_series(1, wanted) p where p <> all (places);
@@ -738,56 +760,44 @@ declare
   wanted   integer := cardinality(ids);
   first    bytea   := substring(tokens[1] from 1 for 16);
   known    record;
-  delivery integer;
   target   tid[];
   ended    uuid[];
   places   integer[];
   alike    boolean := true;  -- whether all of them are of the first one's lease
   done     integer;
 begin
-  if wanted = 1 then
-    delivery := "pushpop".prove(settle_done.topic, ids[1], tokens[1]);
-    select array[m.ctid] into target from "pushpop".messages m
-    where m.topic = settle_done.topic and m.id = ids[1] and m.fence = delivery - 1
-      and m.state in ('p', 'd', 'r', 'f', 'e');
-    if found then
-      ended := ids;
-      places := array[1];
-    end if;
-  else
-    -- Mostly they were popped together: one look at the lease proves them all.
-    select l.ids, l.fences into known from "pushpop".leases l where l.topic = settle_done.topic and l.key = first;
-    select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+  -- Mostly they were popped together: one look at the lease proves them all.
+  select l.ids, l.fences into known from "pushpop".leases l where l.topic = settle_done.topic and l.key = first;
+  select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+  from unnest(ids, tokens) with ordinality u(id, token, place)
+  cross join lateral (
+    select m.ctid as tid from "pushpop".messages m
+    where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+      and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+  ) m
+  where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
+    and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
+    and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
+  alike := cardinality(places) = wanted;
+  if alike is not true then
+    select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
+    into target, ended, places
     from unnest(ids, tokens) with ordinality u(id, token, place)
+    cross join lateral (
+      select from "pushpop".leases l
+      cross join lateral (
+        select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
+      ) s
+      where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
+        and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
+      limit 1
+    ) l
     cross join lateral (
       select m.ctid as tid from "pushpop".messages m
       where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
-    where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
-      and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
-      and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
-    alike := cardinality(places) = wanted;
-    if alike is not true then
-      select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
-      into target, ended, places
-      from unnest(ids, tokens) with ordinality u(id, token, place)
-      cross join lateral (
-        select from "pushpop".leases l
-        cross join lateral (
-          select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
-        ) s
-        where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
-          and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
-        limit 1
-      ) l
-      cross join lateral (
-        select m.ctid as tid from "pushpop".messages m
-        where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
-          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
-      ) m
-      where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
-    end if;
+    where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
   end if;
   if target is null then
     return null;
@@ -849,9 +859,17 @@ declare
   one     record;
   fence   integer;
 begin
-  perform "pushpop".check_topic(settle_many.topic);
-  perform "pushpop".check_settle(ids, tokens, outcomes, delays, errors, keep);
-  if outcomes <@ '{complete}' or outcomes <@ '{discard}' then
+  if (octet_length(settle_many.topic) between 1 and 255 and wanted between 1 and 10000 and cardinality(tokens) = wanted
+      and cardinality(outcomes) = wanted and outcomes <@ '{complete,discard}' and keep between 0 and 250000000000
+      and delays is null and errors is null) is not true then
+    perform "pushpop".check_topic(settle_many.topic);
+    perform "pushpop".check_settle(ids, tokens, outcomes, delays, errors, keep);
+  end if;
+  if wanted = 1 and outcomes <@ '{complete,discard}' then
+    if "pushpop".settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
+      settled := '{1}';
+    end if;
+  elsif outcomes <@ '{complete}' or outcomes <@ '{discard}' then
     settled := "pushpop".settle_done(settle_many.topic, ids, tokens, outcomes[1], moment, keep, tidy);
   else
     for one in
@@ -892,7 +910,9 @@ begin
       perform "pushpop".tidy_leases(settle_many.topic, ended);
     end if;
   end if;
-  perform "pushpop".make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
   -- What was not settled now may have been settled by the same lease before.
   if coalesce(cardinality(settled), 0) < wanted then
     return query
@@ -926,6 +946,38 @@ begin
             detail = case problem when 'gone' then 'the message is not stored any more'
                        else 'it expired and was handed on, or was settled before' end;
   end if;
+end
+$$;
+CREATE FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) RETURNS boolean
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  delivery integer := "pushpop".prove(topic, id, token);
+begin
+  if delivery is null then
+    return false;
+  elsif keep > 0 then
+    update "pushpop".messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+    if found then
+      insert into "pushpop".history (topic, delete_at, id, n, ids)
+      values (settle_single.topic, moment + keep * interval '1 second', settle_single.id, 1, array[settle_single.id]);
+    end if;
+  else
+    delete from "pushpop".messages m
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  if not found then
+    return false;
+  elsif tidy then
+    perform "pushpop".tidy_lease(settle_single.topic, substring(token from 1 for 16), 1);
+  end if;
+  return true;
 end
 $$;
 CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) RETURNS record
@@ -1067,15 +1119,16 @@ CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS 
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
-declare
-  lease record;
 begin
-  select l.open, l.ctid as tid into lease from "pushpop".leases l
-  where l.topic = tidy_lease.topic and l.key = tidy_lease.key for update skip locked;
-  if lease.open <= used then
-    delete from "pushpop".leases l where l.topic = tidy_lease.topic and l.ctid = lease.tid;
-  elsif lease.open > used then
-    update "pushpop".leases l set open = l.open - used where l.topic = tidy_lease.topic and l.ctid = lease.tid;
+  delete from "pushpop".leases l
+  where l.topic = tidy_lease.topic and l.ctid = (
+    select l.ctid from "pushpop".leases l
+    where l.topic = tidy_lease.topic and l.key = tidy_lease.key and l.open <= used for update skip locked);
+  if not found then
+    update "pushpop".leases l set open = l.open - used
+    where l.topic = tidy_lease.topic and l.ctid = (
+      select l.ctid from "pushpop".leases l
+      where l.topic = tidy_lease.topic and l.key = tidy_lease.key and l.open > used for update skip locked);
   end if;
 end
 $$;
@@ -1402,6 +1455,7 @@ REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_cr
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;

@@ -47,11 +47,14 @@ declare
   n      integer;
   keys   bytea[];
 begin
-  perform pushpop.check_topic(pop.topic);
+  if octet_length(pop.topic) between 1 and 255 is not true then
+    perform pushpop.check_topic(pop.topic);
+  end if;
   if max is null or max not between 1 and 1000 then
     perform pushpop.refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  until := moment + pushpop.lease_interval(lease);
+  until := moment + case when lease between 1 and 86400 then lease * interval '1 second'
+                         else pushpop.lease_interval(lease) end;
 
   select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
   if not found or known.looked_at not between moment - interval '1 second' and moment then
@@ -79,23 +82,36 @@ begin
   end if;
 
   n := cardinality(taken.ids);
-  for place in 1..n by 250 loop
-    keys := keys || uuid_send(gen_random_uuid());
+  if n = 1 then
+    token := uuid_send(gen_random_uuid());
     insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
-    values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
-            taken.ids[place : place + 249], taken.fences[place : place + 249]);
-  end loop;
-  -- One probe for each id, in their order.
-  return query
-    select m.id, m.payload, m.headers,
-           keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-           until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
-    from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
-    cross join lateral (
-      select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
-      from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
-    ) m;
-  perform pushpop.make_durable();
+    values (pop.topic, token, until, 1, taken.ids, taken.fences);
+    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
+           m.fence + 1, m.pushed_at, m.ready_at, m.last_error
+    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+    from pushpop.messages m where m.topic = pop.topic and m.id = taken.ids[1];
+    return next;
+  else
+    for place in 1..n by 250 loop
+      keys := keys || uuid_send(gen_random_uuid());
+      insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
+      values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
+              taken.ids[place : place + 249], taken.fences[place : place + 249]);
+    end loop;
+    -- One probe for each id, in their order.
+    return query
+      select m.id, m.payload, m.headers,
+             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
+             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+      from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
+      cross join lateral (
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+        from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
+      ) m;
+  end if;
+  if current_setting('synchronous_commit') = 'off' then
+    perform pushpop.make_durable();
+  end if;
 end
 $body$;
 

@@ -129,7 +129,9 @@ declare
   due     timestamptz;
   known   record;
 begin
-  perform pushpop.check_topic(push.topic), pushpop.check_payload(push.payload);
+  if (octet_length(push.topic) between 1 and 255 and octet_length(push.payload) <= 16777216) is not true then
+    perform pushpop.check_topic(push.topic), pushpop.check_payload(push.payload);
+  end if;
   if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
     perform pushpop.check_push(delay, ready_at, headers, max_attempts);
   end if;
@@ -156,7 +158,9 @@ begin
       perform pg_notify('pushpop', push.topic);
     end if;
   end if;
-  perform pushpop.make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform pushpop.make_durable();
+  end if;
 end
 $body$;
 
@@ -165,9 +169,7 @@ create function pushpop.make_durable() returns void
 language plpgsql
 as $body$
 begin
-  if current_setting('synchronous_commit') = 'off' then
-    perform set_config('synchronous_commit', 'on', true);
-  end if;
+  perform set_config('synchronous_commit', 'on', true);
 end
 $body$;
 
@@ -281,7 +283,9 @@ begin
       perform pg_notify('pushpop', push_many.topic);
     end if;
   end if;
-  perform pushpop.make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform pushpop.make_durable();
+  end if;
   if places is not null then
     perform pushpop.wait_for_duplicate();
     return query select p from generate_series(1, wanted) p where p <> all (places);

@@ -50,10 +50,18 @@ declare
   one     record;
   fence   integer;
 begin
-  perform pushpop.check_topic(settle_many.topic);
-  perform pushpop.check_settle(ids, tokens, outcomes, delays, errors, keep);
+  if (octet_length(settle_many.topic) between 1 and 255 and wanted between 1 and 10000 and cardinality(tokens) = wanted
+      and cardinality(outcomes) = wanted and outcomes <@ '{complete,discard}' and keep between 0 and 250000000000
+      and delays is null and errors is null) is not true then
+    perform pushpop.check_topic(settle_many.topic);
+    perform pushpop.check_settle(ids, tokens, outcomes, delays, errors, keep);
+  end if;
 
-  if outcomes <@ '{complete}' or outcomes <@ '{discard}' then
+  if wanted = 1 and outcomes <@ '{complete,discard}' then
+    if pushpop.settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
+      settled := '{1}';
+    end if;
+  elsif outcomes <@ '{complete}' or outcomes <@ '{discard}' then
     settled := pushpop.settle_done(settle_many.topic, ids, tokens, outcomes[1], moment, keep, tidy);
   else
     for one in
@@ -94,7 +102,9 @@ begin
       perform pushpop.tidy_leases(settle_many.topic, ended);
     end if;
   end if;
-  perform pushpop.make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform pushpop.make_durable();
+  end if;
 
   -- What was not settled now may have been settled by the same lease before.
   if coalesce(cardinality(settled), 0) < wanted then
@@ -139,6 +149,42 @@ begin
 end
 $body$;
 
+-- Completes or discards one message, if its lease is proved.
+create function pushpop.settle_single(
+  topic text, id uuid, token bytea, outcome text, moment timestamptz, keep double precision, tidy boolean
+) returns boolean
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  delivery integer := pushpop.prove(topic, id, token);
+begin
+  if delivery is null then
+    return false;
+  elsif keep > 0 then
+    update pushpop.messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+    if found then
+      insert into pushpop.history (topic, delete_at, id, n, ids)
+      values (settle_single.topic, moment + keep * interval '1 second', settle_single.id, 1, array[settle_single.id]);
+    end if;
+  else
+    delete from pushpop.messages m
+    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+      and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  if not found then
+    return false;
+  elsif tidy then
+    perform pushpop.tidy_lease(settle_single.topic, substring(token from 1 for 16), 1);
+  end if;
+  return true;
+end
+$body$;
+
 -- Completes or discards the messages of those leases that are proved; returns their places.
 create function pushpop.settle_done(
   topic text, ids uuid[], tokens bytea[], outcome text, moment timestamptz, keep double precision, tidy boolean
@@ -150,57 +196,45 @@ declare
   wanted   integer := cardinality(ids);
   first    bytea   := substring(tokens[1] from 1 for 16);
   known    record;
-  delivery integer;
   target   tid[];
   ended    uuid[];
   places   integer[];
   alike    boolean := true;  -- whether all of them are of the first one's lease
   done     integer;
 begin
-  if wanted = 1 then
-    delivery := pushpop.prove(settle_done.topic, ids[1], tokens[1]);
-    select array[m.ctid] into target from pushpop.messages m
-    where m.topic = settle_done.topic and m.id = ids[1] and m.fence = delivery - 1
-      and m.state in ('p', 'd', 'r', 'f', 'e');
-    if found then
-      ended := ids;
-      places := array[1];
-    end if;
-  else
-    -- Mostly they were popped together: one look at the lease proves them all.
-    select l.ids, l.fences into known from pushpop.leases l where l.topic = settle_done.topic and l.key = first;
-    select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+  -- Mostly they were popped together: one look at the lease proves them all.
+  select l.ids, l.fences into known from pushpop.leases l where l.topic = settle_done.topic and l.key = first;
+  select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+  from unnest(ids, tokens) with ordinality u(id, token, place)
+  cross join lateral (
+    select m.ctid as tid from pushpop.messages m
+    where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+      and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+  ) m
+  where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
+    and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
+    and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
+
+  alike := cardinality(places) = wanted;
+  if alike is not true then
+    select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
+    into target, ended, places
     from unnest(ids, tokens) with ordinality u(id, token, place)
+    cross join lateral (
+      select from pushpop.leases l
+      cross join lateral (
+        select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
+      ) s
+      where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
+        and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
+      limit 1
+    ) l
     cross join lateral (
       select m.ctid as tid from pushpop.messages m
       where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
-    where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
-      and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
-      and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
-
-    alike := cardinality(places) = wanted;
-    if alike is not true then
-      select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
-      into target, ended, places
-      from unnest(ids, tokens) with ordinality u(id, token, place)
-      cross join lateral (
-        select from pushpop.leases l
-        cross join lateral (
-          select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
-        ) s
-        where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
-          and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
-        limit 1
-      ) l
-      cross join lateral (
-        select m.ctid as tid from pushpop.messages m
-        where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
-          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
-      ) m
-      where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
-    end if;
+    where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
   end if;
 
   if target is null then
@@ -332,15 +366,16 @@ create function pushpop.tidy_lease(topic text, key bytea, used integer) returns 
 language plpgsql
 as $body$
 #variable_conflict use_column
-declare
-  lease record;
 begin
-  select l.open, l.ctid as tid into lease from pushpop.leases l
-  where l.topic = tidy_lease.topic and l.key = tidy_lease.key for update skip locked;
-  if lease.open <= used then
-    delete from pushpop.leases l where l.topic = tidy_lease.topic and l.ctid = lease.tid;
-  elsif lease.open > used then
-    update pushpop.leases l set open = l.open - used where l.topic = tidy_lease.topic and l.ctid = lease.tid;
+  delete from pushpop.leases l
+  where l.topic = tidy_lease.topic and l.ctid = (
+    select l.ctid from pushpop.leases l
+    where l.topic = tidy_lease.topic and l.key = tidy_lease.key and l.open <= used for update skip locked);
+  if not found then
+    update pushpop.leases l set open = l.open - used
+    where l.topic = tidy_lease.topic and l.ctid = (
+      select l.ctid from pushpop.leases l
+      where l.topic = tidy_lease.topic and l.key = tidy_lease.key and l.open > used for update skip locked);
   end if;
 end
 $body$;

@@ -203,7 +203,9 @@ begin
     ) m));
   get diagnostics counted = row_count;
   delete from pushpop.runs q where q.topic = purge.topic and q.ctid = any (whole);
-  perform pushpop.make_durable();
+  if current_setting('synchronous_commit') = 'off' then
+    perform pushpop.make_durable();
+  end if;
   return counted;
 end
 $body$;
