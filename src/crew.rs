@@ -98,8 +98,8 @@ impl Engine {
     }
 
     /// Lets those who were just answered come back before the next flight leaves, for as long as
-    /// each turn of theirs brings requests. There is no clock in it: a lone caller waits for nobody,
-    /// and nobody for callers that do not come.
+    /// each turn of theirs brings requests. It is no timer: a lone caller waits for nobody, and callers
+    /// that do not come cost two turns of the scheduler.
     fn gather<'a>(&'a self, mut state: MutexGuard<'a, State>, answered: usize) -> MutexGuard<'a, State> {
         if answered < 2 {
             return state;
