@@ -702,6 +702,7 @@ begin
   for lease in
     select l.ctid as tid, l.key, l.ids, l.fences from "pushpop".leases l
     where l.topic = reclaim.topic and l.lease_until >= coalesce(known, '-infinity') and l.lease_until <= moment
+      and l.lease_until > '-infinity'
     order by l.lease_until limit max for update skip locked
   loop
     stuck := false;
@@ -1225,7 +1226,7 @@ begin
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
         select l.lease_until from "pushpop".leases l
-        where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to
+        where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
         order by l.lease_until limit 1)))
   where t.topic = upkeep.topic;
   return counted;
@@ -1243,7 +1244,7 @@ CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100) RETURNS SETOF text
       where h.topic = n.topic and h.delete_at <= statement_timestamp() offset 0)
     or exists (
       select from "pushpop".leases l
-      where l.topic = n.topic and l.lease_until <= statement_timestamp() offset 0)
+      where l.topic = n.topic and l.lease_until <= statement_timestamp() and l.lease_until > '-infinity' offset 0)
   limit max
 $$;
 CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, OUT ready boolean, OUT due_in double precision) RETURNS record
@@ -1284,7 +1285,7 @@ begin
   where q.topic = wait_for.topic and q.ready_at > moment
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   select l.lease_until into ends from "pushpop".leases l
-  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity')
+  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
   order by l.lease_until limit 1;
   due_in := extract(epoch from least(due, ends) - moment);
 end
@@ -1419,7 +1420,7 @@ ALTER TABLE ONLY pushpop.runs
     ADD CONSTRAINT runs_pkey PRIMARY KEY (topic, ready_at, pushed_at, place, id);
 ALTER TABLE ONLY pushpop.topics
     ADD CONSTRAINT topics_pkey PRIMARY KEY (topic);
-CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until);
+CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until) WHERE (lease_until > '-infinity'::timestamp with time zone);
 REVOKE ALL ON FUNCTION pushpop.backoff(attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;

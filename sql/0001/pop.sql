@@ -355,7 +355,7 @@ begin
   where q.topic = wait_for.topic and q.ready_at > moment
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   select l.lease_until into ends from pushpop.leases l
-  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity')
+  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
   order by l.lease_until limit 1;
   due_in := extract(epoch from least(due, ends) - moment);
 end

@@ -18,6 +18,7 @@ begin
   for lease in
     select l.ctid as tid, l.key, l.ids, l.fences from pushpop.leases l
     where l.topic = reclaim.topic and l.lease_until >= coalesce(known, '-infinity') and l.lease_until <= moment
+      and l.lease_until > '-infinity'
     order by l.lease_until limit max for update skip locked
   loop
     stuck := false;
@@ -127,7 +128,7 @@ begin
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
         select l.lease_until from pushpop.leases l
-        where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to
+        where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
         order by l.lease_until limit 1)))
   where t.topic = upkeep.topic;
   return counted;
@@ -147,7 +148,7 @@ as $body$
       where h.topic = n.topic and h.delete_at <= statement_timestamp() offset 0)
     or exists (
       select from pushpop.leases l
-      where l.topic = n.topic and l.lease_until <= statement_timestamp() offset 0)
+      where l.topic = n.topic and l.lease_until <= statement_timestamp() and l.lease_until > '-infinity' offset 0)
   limit max
 $body$;
 
