@@ -199,7 +199,7 @@ declare
   target   tid[];
   ended    uuid[];
   places   integer[];
-  alike    boolean := true;  -- whether all of them are of the first one's lease
+  alike    boolean;  -- whether all of them are of the first one's lease
   done     integer;
 begin
   -- Mostly they were popped together: one look at the lease proves them all.

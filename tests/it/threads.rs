@@ -284,6 +284,28 @@ fn closing_ends_the_threads_in_the_end() {
     until("connections end", || !has_connection(&world, &mut client, "true"));
 }
 
+/// One flight of a topic at a time is a rule for flights that get on.
+#[test]
+fn a_flight_that_waits_for_a_lock_does_not_hold_up_the_next() {
+    let world = World::new();
+    let queue = world.queue();
+    let twin = NewMessage::new("twin");
+    let (mut holder, mut admin) = (world.client(), world.client());
+    let mut tx = holder.transaction().unwrap();
+    queue.push_in(&mut tx, "t", twin.clone()).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| queue.push("t", twin.clone()));
+        until_locked(&world, &mut admin);
+        queue.push("t", "other").unwrap();
+        assert!(!waiting.is_finished(), "it went before the flight that waited");
+        tx.rollback().unwrap();
+        waiting.join().unwrap().unwrap();
+    });
+    let mut delivered = drain(&queue, "t");
+    delivered.sort();
+    assert_eq!(delivered, ["other", "twin"]);
+}
+
 /// More than one flight can carry, and with leases of different lengths: those who were left behind
 /// used to send the same ones again and again.
 #[test]
