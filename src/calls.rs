@@ -17,9 +17,13 @@ use crate::topic::Stats;
 pub(crate) struct Calls {
     pub(crate) push: Call,
     pub(crate) push_many: Call,
+    /// The same for slices of the arrays, a topic each.
+    pub(crate) push_topics: Call,
     pub(crate) pop: Call,
+    pub(crate) pop_topics: Call,
     pub(crate) wait_for: Call,
     pub(crate) settle_many: Call,
+    pub(crate) settle_topics: Call,
     pub(crate) complete: Call,
     pub(crate) discard: Call,
     pub(crate) find: Call,
@@ -42,6 +46,10 @@ impl Calls {
         let shown = format!(
             "select id, payload, {HEADERS}, state, attempt, max_attempts, fence, pushed_at, ready_at, \
              lease_until, done_at, delete_at, last_error from pushpop."
+        );
+        let popped = format!(
+            "id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, \
+             last_error"
         );
         Calls {
             push: call(
@@ -72,13 +80,37 @@ impl Calls {
                     Type::UUID,
                 ],
             ),
+            push_topics: call(
+                "push_topics",
+                "select g.first - 1 + p.place from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) g(topic, first, last), \
+                 pushpop.push_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
+                 $7[g.first : g.last], ($8::pg_catalog.text[]::pg_catalog.jsonb[])[g.first : g.last], \
+                 $9[g.first : g.last], $10) p(place)",
+                &[
+                    Type::TEXT_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::UUID_ARRAY,
+                    Type::BYTEA_ARRAY,
+                    Type::FLOAT8_ARRAY,
+                    Type::TIMESTAMPTZ_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::UUID,
+                ],
+            ),
             pop: call(
                 "pop",
-                &format!(
-                    "select id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, \
-                     pushed_at, ready_at, last_error from pushpop.pop($1, $2, $3)"
-                ),
+                &format!("select {popped} from pushpop.pop($1, $2, $3)"),
                 &[Type::TEXT, Type::INT4, Type::FLOAT8],
+            ),
+            pop_topics: call(
+                "pop_topics",
+                &format!(
+                    "select {popped}, g.part from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) with ordinality \
+                     g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease)"
+                ),
+                &[Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::FLOAT8_ARRAY],
             ),
             wait_for: call(
                 "wait_for",
@@ -90,6 +122,24 @@ impl Calls {
                 "select place, result, lease_until from pushpop.settle_many($1, $2, $3, $4, $5, $6, $7, true)",
                 &[
                     Type::TEXT,
+                    Type::UUID_ARRAY,
+                    Type::BYTEA_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::FLOAT8_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::FLOAT8,
+                ],
+            ),
+            settle_topics: call(
+                "settle_topics",
+                "select g.first - 1 + s.place, s.result, s.lease_until \
+                 from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) g(topic, first, last), \
+                 pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
+                 $7[g.first : g.last], $8[g.first : g.last], $9, true) s",
+                &[
+                    Type::TEXT_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::INT4_ARRAY,
                     Type::UUID_ARRAY,
                     Type::BYTEA_ARRAY,
                     Type::TEXT_ARRAY,
@@ -122,7 +172,11 @@ impl Calls {
                 &[],
             ),
             purge: call("purge", "select pushpop.purge($1)", &[Type::TEXT]),
-            upkeep: call("upkeep", "select pushpop.upkeep($1)", &[Type::TEXT]),
+            upkeep: call(
+                "upkeep",
+                "select pushpop.upkeep(t.topic, $2) from pg_catalog.unnest($1) t(topic)",
+                &[Type::TEXT_ARRAY, Type::INT4],
+            ),
             upkeep_due: call("upkeep_due", "select pushpop.upkeep_due()", &[]),
             listen: format!("listen {}", schema.identifier()),
         }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::engine::{Engine, STRAYS};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{ALONE, Airborne, Cargo, Load, PopJob, State};
+use crate::lane::{ALONE, Airborne, Cargo, Load, Part, PopJob, State};
 use crate::link::Links;
 use crate::slot::{FlightId, lock};
 
@@ -36,14 +36,15 @@ impl Engine {
                         task.run(id, Err(Error::panicked()));
                     }
                     answered = 1;
-                    self.landed(id, None)
+                    self.landed(id, Vec::new())
                 }
-                Load::Shared(topic, cargo) => {
-                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &topic, &cargo)));
-                    let outcome = carried.unwrap_or_else(|_| Outcome::failed(Error::panicked()));
-                    answered = cargo.callers();
-                    self.tell(id, &topic, &cargo, &outcome, started);
-                    self.landed(id, Some((topic, cargo, outcome)))
+                Load::Shared(parts) => {
+                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &parts)));
+                    let outcomes =
+                        carried.unwrap_or_else(|_| Outcome::all_failed(&parts, &Error::panicked()));
+                    answered = parts.iter().map(|part| part.cargo.callers()).sum();
+                    self.tell(id, &parts, &outcomes, started);
+                    self.landed(id, parts.into_iter().zip(outcomes).collect())
                 }
             };
             if !own {
@@ -119,18 +120,15 @@ impl Engine {
 
     fn take_off(self: &Arc<Self>, state: &mut State, id: FlightId, load: &Load) {
         let since = Instant::now();
-        let (topic, waiting) = match load {
-            Load::Shared(topic, cargo) => {
-                let waiting = match cargo {
-                    Cargo::Pop(pops) => pops.jobs.iter().filter(|job| job.waits).cloned().collect(),
-                    _ => Vec::new(),
-                };
-                (Some(Arc::clone(topic)), waiting)
+        let topics = match load {
+            Load::Shared(parts) => {
+                parts.iter().map(|part| (Arc::clone(&part.topic), part.waiting())).collect()
             }
-            Load::Task(_) => (None, Vec::new()),
+            Load::Task(_) => Vec::new(),
         };
+        let alone = matches!(load, Load::Shared(parts) if parts.iter().all(|part| !part.cargo.is_large()));
         state.in_use += 1;
-        state.airborne.insert(id, Airborne { topic, since, waiting });
+        state.airborne.insert(id, Airborne { topics, since, alone });
         self.wake_keeper(state, since + ALONE);
         if state.has_work() {
             // A failure to start another thread leaves the work to this one.
@@ -145,48 +143,52 @@ impl Engine {
             .map_err(|_| Error::connection(format!("{STRAYS} connections do not answer; no more are opened")))
     }
 
-    fn carry(self: &Arc<Self>, id: FlightId, topic: &str, cargo: &Cargo) -> Outcome {
+    fn carry(self: &Arc<Self>, id: FlightId, parts: &[Part]) -> Vec<Outcome> {
         let mut link = match self.link() {
             Ok(link) => link,
-            Err(e) => return Outcome::failed(e),
+            Err(e) => return Outcome::all_failed(parts, &e),
         };
         let deadline = Instant::now() + self.settings.operation_timeout;
-        let mut flight = crate::flight::Flight { engine: self, link: &mut link, topic, id, deadline };
-        let outcome = flight.carry(cargo);
+        let outcomes = crate::flight::Flight { engine: self, link: &mut link, id, deadline }.carry(parts);
         if link.was_renewed() {
             self.observe(|observer| observer.reconnected());
         }
-        outcome
+        outcomes
     }
 
     /// Answers those whom an error leaves without an answer, and tells the observer.
-    fn tell(&self, id: FlightId, topic: &str, cargo: &Cargo, outcome: &Outcome, started: Instant) {
-        if let Some(error) = &outcome.error {
-            match cargo {
-                Cargo::Push(jobs) => jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
-                Cargo::Settle(jobs) => {
-                    jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone()))))
+    fn tell(&self, id: FlightId, parts: &[Part], outcomes: &[Outcome], started: Instant) {
+        let duration = started.elapsed();
+        for (Part { topic, cargo }, outcome) in parts.iter().zip(outcomes) {
+            if let Some(error) = &outcome.error {
+                match cargo {
+                    Cargo::Push(jobs) => {
+                        jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone()))))
+                    }
+                    Cargo::Settle(jobs) => {
+                        jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone()))))
+                    }
+                    Cargo::Pop(pops) => pops
+                        .jobs
+                        .iter()
+                        .filter(|job| !job.waits || !error.is_retryable())
+                        .for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
                 }
-                Cargo::Pop(pops) => pops
-                    .jobs
-                    .iter()
-                    .filter(|job| !job.waits || !error.is_retryable())
-                    .for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
             }
+            let event = crate::observer::Flight {
+                topic,
+                kind: cargo.kind().word(),
+                callers: cargo.callers(),
+                rows: outcome.rows,
+                duration,
+                succeeded: outcome.error.is_none(),
+            };
+            self.observe(|observer| observer.flight(&event));
         }
-        let event = crate::observer::Flight {
-            topic,
-            kind: cargo.kind(),
-            callers: cargo.callers(),
-            rows: outcome.rows,
-            duration: started.elapsed(),
-            succeeded: outcome.error.is_none(),
-        };
-        self.observe(|observer| observer.flight(&event));
     }
 
     /// Ends a flight. Returns whether its thread still belongs to the queue.
-    fn landed(self: &Arc<Self>, id: FlightId, shared: Option<(Arc<str>, Cargo, Outcome)>) -> bool {
+    fn landed(self: &Arc<Self>, id: FlightId, parts: Vec<(Part, Outcome)>) -> bool {
         let mut state = lock(&self.state);
         let own = state.airborne.remove(&id).is_some();
         if own {
@@ -194,7 +196,7 @@ impl Engine {
         } else {
             state.strays -= 1;
         }
-        if let Some((topic, cargo, outcome)) = shared {
+        for (Part { topic, cargo }, outcome) in parts {
             self.note_outage(&mut state, outcome.error.as_ref());
             if let Cargo::Settle(jobs) = &cargo {
                 state.unwanted -= jobs.iter().filter(|job| job.unwanted).count();
@@ -204,8 +206,7 @@ impl Engine {
                 self.release_lane(&mut state, &topic, id, pops, &outcome);
             }
             if outcome.rows > 0 {
-                let at = Instant::now() + Duration::from_secs(1);
-                state.used.entry(Arc::clone(&topic)).or_insert(at);
+                let at = state.note_use(&topic, outcome.rows, &self.settings);
                 self.wake_keeper(&mut state, at);
             }
             if let Some(ready) = outcome.pushed {
@@ -314,6 +315,10 @@ pub(crate) struct Outcome {
 impl Outcome {
     pub(crate) fn failed(error: Error) -> Self {
         Outcome { error: Some(error), ..Outcome::default() }
+    }
+
+    fn all_failed(parts: &[Part], error: &Error) -> Vec<Self> {
+        parts.iter().map(|_| Outcome::failed(error.clone())).collect()
     }
 }
 

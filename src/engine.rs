@@ -1,9 +1,10 @@
-//! The engine of a queue: requests pile up in lanes; connection threads carry out what has piled up
-//! in one, in a single statement and commit, and wake the callers.
+//! The engine of a queue: requests pile up in lanes; connection threads carry out what has piled up,
+//! in a single statement and commit, and wake the callers.
 //!
-//! A lane holds the requests for one topic, and has one flight under way at a time, so that requests
-//! gather while it is: the more callers, the larger the flights. Callers never touch a connection. A flight that hangs is written off when it is overdue: its thread is left to end by
-//! itself, and another takes its place.
+//! A lane holds the requests for one topic. One flight is under way at a time, so that requests gather
+//! while it is: the more callers, the larger the flights. It carries requests of one kind, of as many lanes
+//! as have some. Callers never touch a connection. A flight that hangs is written off when it is overdue:
+//! its thread is left to end by itself, and another takes its place.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +16,7 @@ use uuid::Uuid;
 
 use crate::calls::{Calls, Grant, Settle, Verb};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{Lane, PopJob, PushJob, SettleJob, State, Task};
+use crate::lane::{Airborne, Lane, PopJob, PushJob, SettleJob, State, Task};
 use crate::link::{Links, Route};
 use crate::observer::Observer;
 use crate::slot::{FlightId, Slot, Waited, lock};
@@ -132,7 +133,7 @@ impl Engine {
         }
         state.gathered += 1;
         // Otherwise the thread whose flight is under way goes on with it.
-        if state.list(topic) { self.start(state) } else { Ok(()) }
+        if state.list(topic) && state.has_work() { self.start(state) } else { Ok(()) }
     }
 
     /// Makes sure that somebody takes the next flight.
@@ -168,7 +169,7 @@ impl Engine {
         if ready_in.is_zero() {
             lane.signal = true;
             lane.poll = false;
-            if state.list(topic) {
+            if state.list(topic) && state.has_work() {
                 let _ = self.start(state);
             }
         } else {
@@ -215,8 +216,8 @@ impl Engine {
                 job.slot.refuse(Error::closed());
             }
         }
-        let airborne: Vec<Arc<Slot<Vec<Grant>>>> =
-            state.airborne.values().flat_map(|f| f.waiting.iter().map(|job| Arc::clone(&job.slot))).collect();
+        let waiting = state.airborne.values().flat_map(|flight| &flight.topics).flat_map(|(_, jobs)| jobs);
+        let airborne: Vec<Arc<Slot<Vec<Grant>>>> = waiting.map(|job| Arc::clone(&job.slot)).collect();
         let ids: Vec<FlightId> = state.airborne.keys().copied().collect();
         drop(state);
         // What those flights bring is released.
@@ -227,7 +228,8 @@ impl Engine {
         }
         let until = Instant::now() + CLOSING;
         let mut state = lock(&self.state);
-        while state.unwanted > 0 || state.airborne.values().any(|flight| !flight.waiting.is_empty()) {
+        let waits = |flight: &Airborne| flight.topics.iter().any(|(_, jobs)| !jobs.is_empty());
+        while state.unwanted > 0 || state.airborne.values().any(waits) {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;

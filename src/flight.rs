@@ -11,7 +11,7 @@ use crate::calls::{Grant, Settle, Verdict, headers_json};
 use crate::crew::Outcome;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::lane::{Cargo, Job, Pops, PushJob, SettleJob};
+use crate::lane::{Cargo, Job, Kind, Part, Pops, PushJob, SettleJob};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
@@ -20,143 +20,202 @@ use crate::slot::FlightId;
 pub(crate) struct Flight<'a> {
     pub(crate) engine: &'a Arc<Engine>,
     pub(crate) link: &'a mut Link,
-    pub(crate) topic: &'a str,
     pub(crate) id: FlightId,
     pub(crate) deadline: Instant,
 }
 
+/// Requests for one topic.
+#[derive(Clone, Copy)]
+struct Group<'a, J> {
+    topic: &'a str,
+    jobs: &'a [J],
+}
+
 impl Flight<'_> {
-    pub(crate) fn carry(&mut self, cargo: &Cargo) -> Outcome {
-        match cargo {
-            Cargo::Push(jobs) => self.push(jobs),
-            Cargo::Settle(jobs) => self.settle(jobs),
-            Cargo::Pop(pops) => self.pop(pops),
+    /// Carries out all parts, which are of one kind, in one statement; an outcome for each of them.
+    pub(crate) fn carry(&mut self, parts: &[Part]) -> Vec<Outcome> {
+        let mut outcomes: Vec<Outcome> = parts.iter().map(|_| Outcome::default()).collect();
+        let (mut pushes, mut settles, mut pops) = (Vec::new(), Vec::new(), Vec::new());
+        for Part { topic, cargo } in parts {
+            match cargo {
+                Cargo::Push(jobs) => pushes.push(Group { topic, jobs }),
+                Cargo::Settle(jobs) => settles.push(Group { topic, jobs }),
+                Cargo::Pop(jobs) => pops.push((&**topic, jobs)),
+            }
         }
+        match parts.first().map(|part| part.cargo.kind()) {
+            Some(Kind::Push) => self.push(&pushes, &mut outcomes),
+            Some(Kind::Settle) => self.settle(&settles, &mut outcomes),
+            Some(Kind::Pop) => self.pop(&pops, &mut outcomes),
+            None => {}
+        }
+        outcomes
     }
 
     // Push.
 
-    fn push(&mut self, jobs: &[PushJob]) -> Outcome {
-        let mut outcome = Outcome::default();
-        let answers = self.share(jobs, Self::push_together, &mut outcome);
-        for (job, answer) in jobs.iter().zip(answers) {
-            if let Ok(duplicates) = &answer {
-                outcome.rows += job.messages.len();
-                let first = job.messages.iter().map(|m| m.due.wait()).min();
-                outcome.pushed = outcome.pushed.min(first).or(first).or(outcome.pushed);
-                let event = Pushed {
-                    topic: self.topic,
-                    count: job.messages.len(),
-                    duplicates: duplicates.iter().filter(|d| **d).count(),
-                };
-                self.engine.observe(|observer| observer.pushed(&event));
+    fn push(&mut self, groups: &[Group<'_, PushJob>], outcomes: &mut [Outcome]) {
+        let answers = self.share(groups, Self::push_together, outcomes);
+        for ((Group { topic, jobs }, answers), outcome) in groups.iter().zip(answers).zip(outcomes) {
+            for (job, answer) in jobs.iter().zip(answers) {
+                if let Ok(duplicates) = &answer {
+                    outcome.rows += job.messages.len();
+                    let first = job.messages.iter().map(|m| m.due.wait()).min();
+                    outcome.pushed = outcome.pushed.min(first).or(first).or(outcome.pushed);
+                    let event = Pushed {
+                        topic,
+                        count: job.messages.len(),
+                        duplicates: duplicates.iter().filter(|d| **d).count(),
+                    };
+                    self.engine.observe(|observer| observer.pushed(&event));
+                }
+                drop(job.slot.land(self.id, answer));
             }
-            drop(job.slot.land(self.id, answer));
         }
-        outcome
     }
 
-    fn push_together(&mut self, jobs: &[PushJob]) -> Result<Vec<Vec<bool>>> {
-        let messages: Vec<&NewMessage> = jobs.iter().flat_map(|job| &job.messages).collect();
-        let topic = self.topic;
+    fn push_together(&mut self, groups: &[Group<'_, PushJob>]) -> Result<Vec<Vec<bool>>> {
+        let jobs = || groups.iter().flat_map(|group| group.jobs);
+        let messages: Vec<&NewMessage> = jobs().flat_map(|job| &job.messages).collect();
         let default = self.engine.settings.max_attempts;
         let sender = Some(self.engine.client);
         let mut duplicates = vec![false; messages.len()];
-        if let [message] = messages[..] {
-            let (delay, ready_at) = message.due();
-            let rows = self.run(
-                |calls| &calls.push,
-                &[
-                    &topic,
-                    &message.payload,
-                    &message.id,
-                    &delay,
-                    &ready_at,
-                    &headers_json(&message.headers),
-                    &message.max_attempts.or(default),
-                    &sender,
-                ],
-            )?;
-            duplicates[0] = rows.first().is_some_and(|row| row.get(1));
-        } else {
-            let batch = Batch::new(&messages, default);
-            for row in self.run(|calls| &calls.push_many, &batch.params(&topic, &sender))? {
-                put(&mut duplicates, row.get(0), true);
+        match groups {
+            [Group { topic, .. }] if messages.len() == 1 => {
+                let message = messages[0];
+                let (delay, ready_at) = message.due();
+                let rows = self.run(
+                    |calls| &calls.push,
+                    &[
+                        topic,
+                        &message.payload,
+                        &message.id,
+                        &delay,
+                        &ready_at,
+                        &headers_json(&message.headers),
+                        &message.max_attempts.or(default),
+                        &sender,
+                    ],
+                )?;
+                duplicates[0] = rows.first().is_some_and(|row| row.get(1));
+            }
+            [Group { topic, .. }] => {
+                let batch = Batch::new(&messages, default);
+                for row in self.run(|calls| &calls.push_many, &batch.params(topic, &sender))? {
+                    put(&mut duplicates, row.get(0), true);
+                }
+            }
+            _ => {
+                let (slices, batch) = (Slices::new(groups), Batch::new(&messages, default));
+                let params = [&slices.params()[..], &batch.params(&"", &sender)[1..]].concat();
+                for row in self.run(|calls| &calls.push_topics, &params)? {
+                    put(&mut duplicates, row.get(0), true);
+                }
             }
         }
-        Ok(split(jobs, duplicates))
+        Ok(split(jobs(), duplicates))
     }
 
     // Settle.
 
-    fn settle(&mut self, jobs: &[SettleJob]) -> Outcome {
-        let mut outcome = Outcome::default();
-        let answers = self.share(jobs, Self::settle_together, &mut outcome);
-        for (job, answer) in jobs.iter().zip(answers) {
-            if let Ok(verdicts) = &answer {
-                for (settle, verdict) in job.settles.iter().zip(verdicts) {
-                    self.tell_settled(settle, *verdict);
-                    outcome.rows += 1;
+    fn settle(&mut self, groups: &[Group<'_, SettleJob>], outcomes: &mut [Outcome]) {
+        let answers = self.share(groups, Self::settle_together, outcomes);
+        for ((Group { topic, jobs }, answers), outcome) in groups.iter().zip(answers).zip(outcomes) {
+            for (job, answer) in jobs.iter().zip(answers) {
+                if let Ok(verdicts) = &answer {
+                    for (settle, verdict) in job.settles.iter().zip(verdicts) {
+                        self.tell_settled(topic, settle, *verdict);
+                        outcome.rows += 1;
+                    }
                 }
+                drop(job.slot.land(self.id, answer));
             }
-            drop(job.slot.land(self.id, answer));
         }
-        outcome
     }
 
-    fn settle_together(&mut self, jobs: &[SettleJob]) -> Result<Vec<Vec<Verdict>>> {
-        let settles: Vec<&Settle> = jobs.iter().flat_map(|job| &job.settles).collect();
+    fn settle_together(&mut self, groups: &[Group<'_, SettleJob>]) -> Result<Vec<Vec<Verdict>>> {
+        let jobs = || groups.iter().flat_map(|group| group.jobs);
+        let settles: Vec<&Settle> = jobs().flat_map(|job| &job.settles).collect();
         let proofs = Proofs::new(&settles);
-        let topic = self.topic;
         let keep = self.engine.settings.keep_settled.as_secs_f64();
-        let mut params: Vec<&(dyn ToSql + Sync)> = vec![&topic];
-        params.extend(proofs.params(&keep));
+        let rows = if let [Group { topic, .. }] = groups {
+            let params = [&[topic as &(dyn ToSql + Sync)][..], &proofs.params(&keep)[..]].concat();
+            self.run(|calls| &calls.settle_many, &params)?
+        } else {
+            let slices = Slices::new(groups);
+            let params = [&slices.params()[..], &proofs.params(&keep)[..]].concat();
+            self.run(|calls| &calls.settle_topics, &params)?
+        };
         let mut verdicts = vec![Verdict::Settled; settles.len()];
-        for row in self.run(|calls| &calls.settle_many, &params)? {
+        for row in rows {
             put(&mut verdicts, row.get(0), Verdict::read(row.get(1), row.get(2)));
         }
-        Ok(split(jobs, verdicts))
+        Ok(split(jobs(), verdicts))
     }
 
-    fn tell_settled(&self, settle: &Settle, verdict: Verdict) {
+    fn tell_settled(&self, topic: &str, settle: &Settle, verdict: Verdict) {
         let (id, outcome) = (settle.id, settle.verb.word());
         self.engine.observe(|observer| match verdict {
-            Verdict::Settled | Verdict::Extended(_) => {
-                observer.settled(&Settled { topic: self.topic, id, outcome })
-            }
-            Verdict::Lost | Verdict::Gone => {
-                observer.lease_lost(&LeaseLost { topic: self.topic, id, outcome })
-            }
+            Verdict::Settled | Verdict::Extended(_) => observer.settled(&Settled { topic, id, outcome }),
+            Verdict::Lost | Verdict::Gone => observer.lease_lost(&LeaseLost { topic, id, outcome }),
         });
     }
 
     // Pop.
 
-    fn pop(&mut self, pops: &Pops) -> Outcome {
-        match self.pop_together(pops) {
-            Ok(outcome) => outcome,
-            Err(e) => Outcome::failed(e.during("pop", Some(self.topic))),
+    fn pop(&mut self, parts: &[(&str, &Pops)], outcomes: &mut [Outcome]) {
+        if let [(topic, Pops { poll: true, .. })] = parts {
+            match self.look(topic, &mut outcomes[0]) {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(e) => return outcomes[0] = Outcome::failed(e.during("pop", Some(topic))),
+            }
+        }
+        match self.pop_together(parts) {
+            Ok(grants) => {
+                for (((topic, pops), grants), outcome) in parts.iter().zip(grants).zip(outcomes) {
+                    self.hand_out(topic, pops, grants, outcome);
+                }
+            }
+            Err(e) if parts.len() > 1 && !e.is_of_all() => {
+                for (part, outcome) in parts.iter().zip(outcomes.chunks_mut(1)) {
+                    self.pop(std::slice::from_ref(part), outcome);
+                }
+            }
+            Err(e) => {
+                for ((topic, _), outcome) in parts.iter().zip(outcomes) {
+                    *outcome = Outcome::failed(e.clone().during("pop", Some(topic)));
+                }
+            }
         }
     }
 
-    /// Hands out what there is, in the order of the requests.
-    fn pop_together(&mut self, pops: &Pops) -> Result<Outcome> {
-        let mut outcome = Outcome::default();
-        if pops.poll && !self.look(&mut outcome)? {
-            return Ok(outcome);
-        }
-        let asked: usize = pops.jobs.iter().map(|job| job.max).sum();
-        let asked = i32::try_from(asked.min(crate::limits::FLIGHT_ROWS)).unwrap_or(1);
-        let topic = self.topic;
+    /// As many messages as are asked for, in their order, for each part.
+    fn pop_together(&mut self, parts: &[(&str, &Pops)]) -> Result<Vec<Vec<Grant>>> {
+        let asked: Vec<i32> = parts.iter().map(|(_, pops)| pops.asked()).collect();
+        let leases: Vec<f64> = parts.iter().map(|(_, pops)| pops.lease.as_secs_f64()).collect();
         let sent = Instant::now();
-        let rows = self.run(|calls| &calls.pop, &[&topic, &asked, &pops.lease.as_secs_f64()])?;
-        let mut grants = rows
-            .iter()
-            .map(|row| Grant::read(self.topic, row, sent).map_err(Error::from))
-            .collect::<Result<Vec<_>>>()?
-            .into_iter();
-        outcome.rows = grants.len();
+        let mut grants: Vec<Vec<Grant>> = parts.iter().map(|_| Vec::new()).collect();
+        if let [(topic, _)] = parts {
+            for row in self.run(|calls| &calls.pop, &[topic, &asked[0], &leases[0]])? {
+                grants[0].push(Grant::read(topic, &row, sent)?);
+            }
+        } else {
+            let topics: Vec<&str> = parts.iter().map(|(topic, _)| *topic).collect();
+            for row in self.run(|calls| &calls.pop_topics, &[&topics, &asked, &leases])? {
+                let part = usize::try_from(row.get::<_, i64>("part") - 1).unwrap_or(usize::MAX);
+                if let (Some(topic), Some(grants)) = (topics.get(part), grants.get_mut(part)) {
+                    grants.push(Grant::read(topic, &row, sent)?);
+                }
+            }
+        }
+        Ok(grants)
+    }
 
+    /// Hands out what there is, in the order of the requests.
+    fn hand_out(&mut self, topic: &str, pops: &Pops, grants: Vec<Grant>, outcome: &mut Outcome) {
+        outcome.rows = grants.len();
+        let mut grants = grants.into_iter();
         let mut short = false;
         for job in &pops.jobs {
             let share: Vec<Grant> = grants.by_ref().take(job.max).collect();
@@ -168,27 +227,25 @@ impl Flight<'_> {
                 }
                 continue;
             }
-            let event = Popped { topic: self.topic, count: share.len() };
+            let event = Popped { topic, count: share.len() };
             match job.slot.land(self.id, Ok(share)) {
                 Ok(()) => self.engine.observe(|observer| observer.popped(&event)),
-                Err(unwanted) => self.engine.abandon(self.topic, unwanted.unwrap_or_default()),
+                Err(unwanted) => self.engine.abandon(topic, unwanted.unwrap_or_default()),
             }
         }
         if short {
             if outcome.rows == 0 || !pops.registered {
-                if self.look(&mut outcome).unwrap_or(false) {
+                if self.look(topic, outcome).unwrap_or(false) {
                     outcome.look_in = Some(Duration::ZERO);
                 }
             } else {
                 outcome.look_in = Some(Duration::from_millis(20));
             }
         }
-        Ok(outcome)
     }
 
     /// Tells the server that somebody waits, and asks it whether there is something, or when.
-    fn look(&mut self, outcome: &mut Outcome) -> Result<bool> {
-        let topic = self.topic;
+    fn look(&mut self, topic: &str, outcome: &mut Outcome) -> Result<bool> {
         let waiter = self.engine.client;
         let rows = self.run(|calls| &calls.wait_for, &[&topic, &waiter])?;
         outcome.registered = true;
@@ -202,27 +259,36 @@ impl Flight<'_> {
 
     /// Carries out all requests together. If that fails for a reason that may lie in one of them, then
     /// each by itself, so that no error reaches a neighbour.
-    fn share<J, A>(
+    fn share<J: Job, A>(
         &mut self,
-        jobs: &[J],
-        carry: impl Fn(&mut Self, &[J]) -> Result<Vec<A>>,
-        outcome: &mut Outcome,
-    ) -> Vec<Result<A>> {
-        let error = match carry(self, jobs) {
-            Ok(answers) => return answers.into_iter().map(Ok).collect(),
+        groups: &[Group<'_, J>],
+        carry: impl Fn(&mut Self, &[Group<'_, J>]) -> Result<Vec<A>>,
+        outcomes: &mut [Outcome],
+    ) -> Vec<Vec<Result<A>>> {
+        let error = match carry(self, groups) {
+            Ok(answers) => {
+                let mut answers = answers.into_iter().map(Ok);
+                return groups
+                    .iter()
+                    .map(|group| answers.by_ref().take(group.jobs.len()).collect())
+                    .collect();
+            }
             Err(e) => e,
         };
-        if jobs.len() > 1 && !error.is_of_all() {
-            return jobs
+        if groups.iter().map(|group| group.jobs.len()).sum::<usize>() > 1 && !error.is_of_all() {
+            let mut alone = |topic, job| {
+                let group = Group { topic, jobs: std::slice::from_ref(job) };
+                carry(self, &[group]).and_then(|mut answer| answer.pop().ok_or_else(Error::panicked))
+            };
+            return groups
                 .iter()
-                .map(|job| {
-                    carry(self, std::slice::from_ref(job))
-                        .and_then(|mut answer| answer.pop().ok_or_else(Error::panicked))
-                })
+                .map(|group| group.jobs.iter().map(|job| alone(group.topic, job)).collect())
                 .collect();
         }
-        outcome.error = Some(error.clone());
-        jobs.iter().map(|_| Err(error.clone())).collect()
+        for outcome in outcomes {
+            outcome.error = Some(error.clone());
+        }
+        groups.iter().map(|group| group.jobs.iter().map(|_| Err(error.clone())).collect()).collect()
     }
 
     fn run(
@@ -235,15 +301,41 @@ impl Flight<'_> {
 }
 
 /// To each request its part of the answers.
-fn split<A>(jobs: &[impl Job], answers: Vec<A>) -> Vec<Vec<A>> {
+fn split<'a, J: Job + 'a, A>(jobs: impl Iterator<Item = &'a J>, answers: Vec<A>) -> Vec<Vec<A>> {
     let mut rest = answers.into_iter();
-    jobs.iter().map(|job| rest.by_ref().take(job.rows()).collect()).collect()
+    jobs.map(|job| rest.by_ref().take(job.rows()).collect()).collect()
 }
 
 /// Notes the answer for the row of a place, which counts from one.
 fn put<A>(answers: &mut [A], place: i32, answer: A) {
     if let Some(slot) = usize::try_from(place - 1).ok().and_then(|i| answers.get_mut(i)) {
         *slot = answer;
+    }
+}
+
+/// Which slice of the arrays is for which topic.
+struct Slices<'a> {
+    topics: Vec<&'a str>,
+    firsts: Vec<i32>,
+    lasts: Vec<i32>,
+}
+
+impl<'a> Slices<'a> {
+    fn new<J: Job>(groups: &[Group<'a, J>]) -> Self {
+        let mut slices = Slices { topics: Vec::new(), firsts: Vec::new(), lasts: Vec::new() };
+        let mut last = 0;
+        for group in groups {
+            let rows: usize = group.jobs.iter().map(Job::rows).sum();
+            slices.topics.push(group.topic);
+            slices.firsts.push(last + 1);
+            last += i32::try_from(rows).unwrap_or_default();
+            slices.lasts.push(last);
+        }
+        slices
+    }
+
+    fn params(&self) -> [&(dyn ToSql + Sync); 3] {
+        [&self.topics, &self.firsts, &self.lasts]
     }
 }
 

@@ -8,6 +8,7 @@ use crate::engine::Engine;
 use crate::error::{Error, ErrorKind};
 use crate::lane::{ALONE, State};
 use crate::slot::{FlightId, lock};
+use crate::upkeep::{Everywhere, Upkeep};
 
 impl Engine {
     pub(crate) fn wake_keeper(&self, state: &mut State, at: Instant) {
@@ -41,16 +42,18 @@ impl Engine {
             }
             let mut due = Vec::new();
             let State { airborne, lanes, .. } = &mut *state;
-            for (id, flight) in &*airborne {
+            for (id, flight) in airborne {
                 let alone_until = flight.since + ALONE;
-                let lane = flight.topic.as_ref().and_then(|topic| lanes.get_mut(topic));
-                if let Some(lane) = lane.filter(|lane| lane.flying == Some(*id)) {
-                    if alone_until <= now {
-                        lane.flying = None;
-                        due.extend(flight.topic.clone());
-                    } else {
-                        next = next.min(alone_until);
+                if flight.alone && alone_until <= now {
+                    flight.alone = false;
+                    for (topic, _) in &flight.topics {
+                        if let Some(lane) = lanes.get_mut(topic) {
+                            lane.flying.take_if(|flight| flight == id);
+                        }
+                        due.push(Arc::clone(topic));
                     }
+                } else if flight.alone {
+                    next = next.min(alone_until);
                 }
                 next = next.min(flight.since + self.patience());
             }
@@ -69,29 +72,15 @@ impl Engine {
                 }
             }
             for topic in due {
-                if state.list(&topic) {
-                    let _ = self.start(&mut state);
-                }
+                state.list(&topic);
             }
-
-            let mut topics = Vec::new();
-            state.used.retain(|topic, at| {
-                let later = *at > now;
-                if later {
-                    next = next.min(*at);
-                } else {
-                    topics.push(Arc::clone(topic));
-                }
-                later
-            });
             if look_around <= now {
                 look_around = now + everywhere;
                 next = next.min(look_around);
-                state.tasks.push_back(Box::new(crate::upkeep::Everywhere::new(&self)));
-                let _ = self.start(&mut state);
+                state.tasks.push_back(Box::new(Everywhere::new(&self)));
             }
-            for topic in topics {
-                state.tasks.push_back(Box::new(crate::upkeep::Upkeep::new(&self, topic)));
+            next = Upkeep::due(&self, &mut state, now).map_or(next, |due| next.min(due));
+            if state.has_work() {
                 let _ = self.start(&mut state);
             }
 
@@ -116,10 +105,9 @@ impl Engine {
         state.in_use -= 1;
         state.threads -= 1;
         state.strays += 1;
-        if let Some(topic) = &flight.topic {
-            let error =
-                Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true);
-            self.release_lane(state, topic, id, flight.waiting, &Outcome::failed(error));
+        let error = Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true);
+        for (topic, waiting) in flight.topics {
+            self.release_lane(state, &topic, id, waiting, &Outcome::failed(error.clone()));
         }
         if state.has_work() {
             let _ = self.start(state);

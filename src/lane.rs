@@ -10,6 +10,7 @@ use crate::limits;
 use crate::link::Link;
 use crate::message::NewMessage;
 use crate::slot::{FlightId, Slot};
+use crate::upkeep::Used;
 
 pub(crate) struct PushJob {
     pub(crate) messages: Vec<NewMessage>,
@@ -47,6 +48,9 @@ pub(crate) const ALONE: Duration = Duration::from_millis(20);
 
 /// A request of so many messages has a flight of its own beside others: sharing would save it nothing.
 const LARGE: usize = 100;
+
+/// With so many topics waiting, another flight leaves beside one that is still alone.
+const MANY: usize = 32;
 
 #[derive(Default)]
 pub(crate) struct Lane {
@@ -89,16 +93,43 @@ pub(crate) struct Pops {
     pub(crate) registered: bool,
 }
 
+impl Pops {
+    /// How many messages they want together.
+    pub(crate) fn asked(&self) -> i32 {
+        let asked: usize = self.jobs.iter().map(|job| job.max).sum();
+        i32::try_from(asked.min(limits::FLIGHT_ROWS)).unwrap_or(1)
+    }
+}
+
+/// The part of a flight that is for one topic.
+pub(crate) struct Part {
+    pub(crate) topic: Arc<str>,
+    pub(crate) cargo: Cargo,
+}
+
+impl Part {
+    /// Those aboard that stay until there is something.
+    pub(crate) fn waiting(&self) -> Vec<PopJob> {
+        match &self.cargo {
+            Cargo::Pop(pops) => pops.jobs.iter().filter(|job| job.waits).cloned().collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 pub(crate) enum Load {
-    Shared(Arc<str>, Cargo),
+    /// Parts of one kind.
+    Shared(Vec<Part>),
     Task(Box<dyn Task>),
 }
 
 /// What a flight that is under way would leave behind if it were written off.
 pub(crate) struct Airborne {
-    pub(crate) topic: Option<Arc<str>>,
+    /// With the pops that wait.
+    pub(crate) topics: Vec<(Arc<str>, Vec<PopJob>)>,
     pub(crate) since: Instant,
-    pub(crate) waiting: Vec<PopJob>,
+    /// No other leaves beside it yet.
+    pub(crate) alone: bool,
 }
 
 #[derive(Default)]
@@ -118,8 +149,7 @@ pub(crate) struct State {
     /// Connections that fly, or that a caller's transaction has.
     pub(crate) in_use: usize,
     pub(crate) outside_waits: usize,
-    /// Topics that were used since their last upkeep, and when the next is due.
-    pub(crate) used: HashMap<Arc<str>, Instant>,
+    pub(crate) used: HashMap<Arc<str>, Used>,
     pub(crate) keeper_until: Option<Instant>,
     /// Requests to give unwanted messages back.
     pub(crate) unwanted: usize,
@@ -130,9 +160,11 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Whether a flight could start.
+    /// Whether a flight could start. While one is alone, what comes gathers for the next, whatever its
+    /// topic: the commit is what costs.
     pub(crate) fn has_work(&self) -> bool {
-        !self.tasks.is_empty() || !self.ready.is_empty()
+        let alone = || self.airborne.values().any(|flight| flight.alone);
+        !self.tasks.is_empty() || self.ready.len() >= MANY || !self.ready.is_empty() && !alone()
     }
 
     /// Puts a topic on the list of those that have a flight to start, if that is true and it is not
@@ -150,7 +182,7 @@ impl State {
         true
     }
 
-    /// The next flight: as many requests as it may carry.
+    /// The next flight: as many requests as it may carry, for one topic or for several.
     pub(crate) fn take(&mut self, id: FlightId) -> Option<Load> {
         self.gathered = 0;
         while let Some(task) = self.tasks.pop_front() {
@@ -158,19 +190,28 @@ impl State {
                 return Some(Load::Task(task));
             }
         }
-        while let Some(topic) = self.ready.pop_front() {
+        let mut parts: Vec<Part> = Vec::new();
+        let mut room = Room { kind: None, rows: limits::FLIGHT_ROWS, bytes: limits::FLIGHT_BYTES };
+        // Each that is listed now is asked once, in turn, whether it comes along.
+        for _ in 0..if self.has_work() { self.ready.len() } else { 0 } {
+            let Some(topic) = self.ready.pop_front() else { break };
             let Some(lane) = self.lanes.get_mut(&topic) else { continue };
             lane.listed = false;
-            if let Some(cargo) = lane.board(id) {
+            if let Some(cargo) = lane.board(id, &mut room) {
                 lane.flying = (!cargo.is_large()).then_some(id);
                 lane.flights += 1;
+                let shares = cargo.shares();
+                parts.push(Part { topic: Arc::clone(&topic), cargo });
                 self.list(&topic);
-                return Some(Load::Shared(topic, cargo));
+                if !shares {
+                    break;
+                }
+            } else {
+                self.list(&topic);
+                self.tidy(&topic);
             }
-            self.list(&topic);
-            self.tidy(&topic);
         }
-        None
+        (!parts.is_empty()).then_some(Load::Shared(parts))
     }
 
     /// Forgets a lane that nobody needs any more.
@@ -190,69 +231,108 @@ impl Lane {
         self.pushes.is_empty() && self.settles.is_empty() && self.pops.is_empty()
     }
 
-    /// The next flight. The kind of which there are most leaves first: threads that do the same things in turn
-    /// then fall into step, and share all their flights. None is passed over three times.
-    fn board(&mut self, id: FlightId) -> Option<Cargo> {
+    /// What the next flight takes along. The kind of which there are most leaves first: threads that do the same
+    /// things in turn then fall into step, and share all their flights. None is passed over three times.
+    ///
+    /// Beside parts for other topics only what is of their kind, and is alike in its cost.
+    fn board(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
         let pops = if self.signal { self.pops.len() } else { 0 };
         let waiting = [self.pushes.len(), self.settles.len(), pops];
-        let next = (0..3).max_by_key(|kind| (waiting[*kind] > 0, self.passed[*kind] > 1, waiting[*kind]))?;
+        let order = |kind: Kind| {
+            let (kind, waits) = (kind as usize, waiting[kind as usize]);
+            (waits > 0, self.passed[kind] > 1, waits)
+        };
+        let next = [Kind::Push, Kind::Settle, Kind::Pop].into_iter().max_by_key(|kind| order(*kind))?;
+        if room.kind.is_some_and(|kind| kind != next || kind == Kind::Pop && self.poll) {
+            return None;
+        }
         for (kind, passed) in self.passed.iter_mut().enumerate() {
-            *passed = if kind == next || waiting[kind] == 0 { 0 } else { *passed + 1 };
+            *passed = if kind == next as usize || waiting[kind] == 0 { 0 } else { *passed + 1 };
         }
         match next {
-            0 => self.board_pushes(id),
-            1 => self.board_settles(id),
-            _ => self.board_pops(id),
+            Kind::Push => room.board(&mut self.pushes, id, |_| true).map(Cargo::Push),
+            Kind::Settle => room.board(&mut self.settles, id, |_| true).map(Cargo::Settle),
+            Kind::Pop => self.board_pops(id, room),
         }
-    }
-
-    fn board_pushes(&mut self, id: FlightId) -> Option<Cargo> {
-        let jobs = board(&mut self.pushes, id, |_| true);
-        (!jobs.is_empty()).then_some(Cargo::Push(jobs))
-    }
-
-    fn board_settles(&mut self, id: FlightId) -> Option<Cargo> {
-        let jobs = board(&mut self.settles, id, |_| true);
-        (!jobs.is_empty()).then_some(Cargo::Settle(jobs))
     }
 
     /// Those that are left behind, for want of room or with another lease, are next if there is enough for
     /// these.
-    fn board_pops(&mut self, id: FlightId) -> Option<Cargo> {
-        self.signal = false;
+    fn board_pops(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
         self.pops.retain(|job| job.slot.is_queued());
-        let lease = self.pops.front()?.lease;
-        let jobs = board(&mut self.pops, id, |job| job.lease == lease);
+        let Some(lease) = self.pops.front().map(|job| job.lease) else {
+            self.signal = false;
+            return None;
+        };
+        let jobs = room.board(&mut self.pops, id, |job| job.lease == lease)?;
+        self.signal = false;
         let poll = std::mem::take(&mut self.poll);
         let registered = self.registered.is_some_and(|until| until > Instant::now());
-        (!jobs.is_empty()).then_some(Cargo::Pop(Pops { jobs, lease, poll, registered }))
+        Some(Cargo::Pop(Pops { jobs, lease, poll, registered }))
     }
 }
 
-/// Requests from the front of a queue, as many as one flight may carry. One always finds room.
-fn board<J: Job>(queue: &mut VecDeque<J>, id: FlightId, alike: impl Fn(&J) -> bool) -> Vec<J> {
-    let (mut jobs, mut rows, mut bytes) = (Vec::new(), 0, 0);
-    while let Some(job) = queue.front() {
-        let large = job.rows() >= LARGE;
-        let full = rows + job.rows() > limits::FLIGHT_ROWS || bytes + job.bytes() > limits::FLIGHT_BYTES;
-        if !alike(job) || !jobs.is_empty() && (large || full) {
-            break;
-        }
-        let Some(job) = queue.pop_front() else { break };
-        if job.board(id) {
-            rows += job.rows();
-            bytes += job.bytes();
-            jobs.push(job);
-            if large {
+/// How much a flight can still take along.
+struct Room {
+    /// Of which kind, once there is something aboard.
+    kind: Option<Kind>,
+    rows: usize,
+    bytes: usize,
+}
+
+impl Room {
+    /// Requests from the front of a queue, as many as one flight may carry. The first of a flight always finds
+    /// room.
+    fn board<J: Job>(
+        &mut self,
+        queue: &mut VecDeque<J>,
+        id: FlightId,
+        alike: impl Fn(&J) -> bool,
+    ) -> Option<Vec<J>> {
+        let mut jobs = Vec::new();
+        while let Some(job) = queue.front() {
+            let large = job.rows() >= LARGE;
+            let full = job.rows() > self.rows || job.bytes() > self.bytes;
+            if !alike(job) || self.kind.is_some() && (large || full) {
                 break;
             }
+            let Some(job) = queue.pop_front() else { break };
+            if job.board(id) {
+                self.kind = Some(J::KIND);
+                self.rows = self.rows.saturating_sub(job.rows());
+                self.bytes = self.bytes.saturating_sub(job.bytes());
+                jobs.push(job);
+                if large {
+                    break;
+                }
+            }
+        }
+        (!jobs.is_empty()).then_some(jobs)
+    }
+}
+
+/// What a request asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Push,
+    Settle,
+    Pop,
+}
+
+impl Kind {
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Kind::Push => "push",
+            Kind::Settle => "settle",
+            Kind::Pop => "pop",
         }
     }
-    jobs
 }
 
 /// A request that may share its flight.
 pub(crate) trait Job {
+    const KIND: Kind;
+
     /// How many messages it is about, at most.
     fn rows(&self) -> usize;
 
@@ -266,6 +346,8 @@ pub(crate) trait Job {
 }
 
 impl Job for PushJob {
+    const KIND: Kind = Kind::Push;
+
     fn rows(&self) -> usize {
         self.messages.len()
     }
@@ -280,6 +362,8 @@ impl Job for PushJob {
 }
 
 impl Job for SettleJob {
+    const KIND: Kind = Kind::Settle;
+
     fn rows(&self) -> usize {
         self.settles.len()
     }
@@ -290,6 +374,8 @@ impl Job for SettleJob {
 }
 
 impl Job for PopJob {
+    const KIND: Kind = Kind::Pop;
+
     fn rows(&self) -> usize {
         self.max
     }
@@ -309,7 +395,7 @@ impl Cargo {
         }
     }
 
-    fn is_large(&self) -> bool {
+    pub(crate) fn is_large(&self) -> bool {
         let first = match self {
             Cargo::Push(jobs) => jobs.first().map(Job::rows),
             Cargo::Settle(jobs) => jobs.first().map(Job::rows),
@@ -318,11 +404,16 @@ impl Cargo {
         first >= Some(LARGE)
     }
 
-    pub(crate) fn kind(&self) -> &'static str {
+    /// Whether parts for other topics may fly along.
+    fn shares(&self) -> bool {
+        !self.is_large() && !matches!(self, Cargo::Pop(Pops { poll: true, .. }))
+    }
+
+    pub(crate) fn kind(&self) -> Kind {
         match self {
-            Cargo::Push(_) => "push",
-            Cargo::Settle(_) => "settle",
-            Cargo::Pop(_) => "pop",
+            Cargo::Push(_) => Kind::Push,
+            Cargo::Settle(_) => Kind::Settle,
+            Cargo::Pop(_) => Kind::Pop,
         }
     }
 }

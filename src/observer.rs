@@ -39,7 +39,7 @@ pub trait Observer: Send + Sync + 'static {
         let _ = event;
     }
 
-    /// A statement was carried out for one or more callers.
+    /// A statement was carried out for one or more callers. Told for each of the topics that shared it.
     fn flight(&self, event: &Flight<'_>) {
         let _ = event;
     }

@@ -3,35 +3,92 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::Engine;
+use crate::engine::{Engine, Settings};
 use crate::error::Result;
-use crate::lane::Task;
+use crate::lane::{State, Task};
 use crate::link::Link;
 use crate::slot::FlightId;
 
-/// How long one round of upkeep goes on for a topic that has more to do.
+/// How long one round of upkeep goes on for topics that have more to do.
 const ROUND: Duration = Duration::from_millis(200);
 
-/// Upkeep of one topic.
+/// How many topics share a statement.
+const TOGETHER: usize = 50;
+
+/// How many messages a statement deletes, for all its topics.
+const STEP: usize = 1000;
+
+/// A topic through which so many messages went has its upkeep at once, a second after the last.
+const BUSY: usize = 1000;
+
+/// A topic that was used since its last upkeep.
+pub(crate) struct Used {
+    since: Instant,
+    rows: usize,
+}
+
+impl Used {
+    /// When its upkeep is due. Others than busy ones can wait, but not for longer than their history is kept.
+    fn due(&self, settings: &Settings) -> Instant {
+        let second = Duration::from_secs(1);
+        let calm = match settings.keep_settled {
+            Duration::ZERO => second * 10,
+            keep => keep.clamp(second, second * 10),
+        };
+        self.since + if self.rows < BUSY { calm } else { second }
+    }
+}
+
+impl State {
+    /// Notes that messages of a topic were handled. Returns when its upkeep is due.
+    pub(crate) fn note_use(&mut self, topic: &Arc<str>, rows: usize, settings: &Settings) -> Instant {
+        let used = match self.used.get_mut(topic) {
+            Some(used) => used,
+            None => self.used.entry(Arc::clone(topic)).or_insert(Used { since: Instant::now(), rows: 0 }),
+        };
+        used.rows += rows;
+        used.due(settings)
+    }
+}
+
+/// Upkeep of some topics.
 pub(crate) struct Upkeep {
     engine: Arc<Engine>,
-    topic: Arc<str>,
+    topics: Vec<Arc<str>>,
 }
 
 impl Upkeep {
-    pub(crate) fn new(engine: &Arc<Engine>, topic: Arc<str>) -> Self {
-        Upkeep { engine: Arc::clone(engine), topic }
+    /// Of those that were used, what is due. Returns when the next one is.
+    pub(crate) fn due(engine: &Arc<Engine>, state: &mut State, now: Instant) -> Option<Instant> {
+        let (mut next, mut topics) = (None, Vec::new());
+        state.used.retain(|topic, used| {
+            let due = used.due(&engine.settings);
+            if due > now {
+                next = next.min(Some(due)).or(Some(due));
+            } else {
+                topics.push(Arc::clone(topic));
+            }
+            due > now
+        });
+        for topics in topics.chunks(TOGETHER) {
+            let engine = Arc::clone(engine);
+            state.tasks.push_back(Box::new(Upkeep { engine, topics: topics.to_vec() }));
+        }
+        next
     }
 
-    fn step(engine: &Engine, topic: &str, link: &mut Link, deadline: Instant) -> Result<()> {
+    fn step(engine: &Engine, topics: &[impl AsRef<str>], link: &mut Link) -> Result<()> {
         let until = Instant::now() + ROUND;
-        loop {
-            let rows = link.run(deadline, &engine.calls.upkeep, &[&topic])?;
-            let deleted: i64 = rows.first().map_or(0, |row| row.get(0));
-            if deleted < 1000 || Instant::now() > until {
-                return Ok(());
-            }
+        let mut topics: Vec<&str> = topics.iter().map(AsRef::as_ref).collect();
+        while !topics.is_empty() && Instant::now() < until {
+            let deadline = Instant::now() + engine.settings.operation_timeout;
+            let most = STEP / topics.len();
+            let rows =
+                link.run(deadline, &engine.calls.upkeep, &[&topics, &i32::try_from(most).unwrap_or(1)])?;
+            let mut deleted = rows.iter().map(|row| usize::try_from(row.get::<_, i64>(0)).unwrap_or(0));
+            topics.retain(|_| deleted.next() >= Some(most));
         }
+        Ok(())
     }
 }
 
@@ -41,10 +98,8 @@ impl Task for Upkeep {
     }
 
     fn run(&self, _: FlightId, link: Result<&mut Link>) {
-        let deadline = Instant::now() + self.engine.settings.operation_timeout;
-        let done = link.and_then(|link| Self::step(&self.engine, &self.topic, link, deadline));
-        if let Err(e) = done {
-            tracing::debug!(topic = &*self.topic, "upkeep is put off: {e}");
+        if let Err(e) = link.and_then(|link| Self::step(&self.engine, &self.topics, link)) {
+            tracing::debug!("upkeep is put off: {e}");
         }
     }
 }
@@ -63,7 +118,7 @@ impl Everywhere {
         let deadline = Instant::now() + self.engine.settings.operation_timeout;
         let topics: Vec<String> =
             link.run(deadline, &self.engine.calls.upkeep_due, &[])?.iter().map(|row| row.get(0)).collect();
-        topics.iter().try_for_each(|topic| Upkeep::step(&self.engine, topic, link, deadline))
+        topics.chunks(TOGETHER).try_for_each(|topics| Upkeep::step(&self.engine, topics, link))
     }
 }
 

@@ -423,8 +423,12 @@ begin
   select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
   if not found or known.looked_at not between moment - interval '1 second' and moment then
     perform "pushpop".reclaim(pop.topic, moment, 1000);
-    perform "pushpop".note_look(pop.topic, moment);
-    select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
+    -- To move the mark on costs more than a pop does. Where many are popped, upkeep does it every second.
+    if known.looked_at is null or known.looked_at not between moment - interval '10 seconds' and moment
+       or exists (select from "pushpop".behind b where b.topic = pop.topic) then
+      perform "pushpop".note_look(pop.topic, moment);
+      select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
+    end if;
   end if;
   start := coalesce(known.low, '-infinity');
   taken := "pushpop".take_runs(pop.topic, start, moment, max);
@@ -613,6 +617,13 @@ begin
                                              cardinality(headers), cardinality(max_attempts)]);
   if array_position(ids, null) is not null then
     perform "pushpop".refuse('an id is not null');
+  end if;
+  if wanted = 1 then
+    return query
+      select 1 from "pushpop".push(push_many.topic, payloads[1], ids[1], delays[1], ready_ats[1], headers[1],
+                                 case when push_many.max_attempts is null then 25 else push_many.max_attempts[1] end, sender) p
+      where p.duplicate;
+    return;
   end if;
   perform "pushpop".check_payload(u.payload) from unnest(payloads) u(payload)
   where u.payload is null or octet_length(u.payload) > 16777216;

@@ -59,8 +59,12 @@ begin
   select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
   if not found or known.looked_at not between moment - interval '1 second' and moment then
     perform pushpop.reclaim(pop.topic, moment, 1000);
-    perform pushpop.note_look(pop.topic, moment);
-    select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
+    -- To move the mark on costs more than a pop does. Where many are popped, upkeep does it every second.
+    if known.looked_at is null or known.looked_at not between moment - interval '10 seconds' and moment
+       or exists (select from pushpop.behind b where b.topic = pop.topic) then
+      perform pushpop.note_look(pop.topic, moment);
+      select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
+    end if;
   end if;
   start := coalesce(known.low, '-infinity');
   taken := pushpop.take_runs(pop.topic, start, moment, max);

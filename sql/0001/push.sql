@@ -215,6 +215,13 @@ begin
   if array_position(ids, null) is not null then
     perform pushpop.refuse('an id is not null');
   end if;
+  if wanted = 1 then
+    return query
+      select 1 from pushpop.push(push_many.topic, payloads[1], ids[1], delays[1], ready_ats[1], headers[1],
+                                 case when push_many.max_attempts is null then 25 else push_many.max_attempts[1] end, sender) p
+      where p.duplicate;
+    return;
+  end if;
   perform pushpop.check_payload(u.payload) from unnest(payloads) u(payload)
   where u.payload is null or octet_length(u.payload) > 16777216;
   if not simple then

@@ -19,6 +19,7 @@ mod schema;
 mod settle;
 mod threads;
 mod tidy;
+mod topics;
 mod transaction;
 mod wake;
 mod world;
