@@ -13,6 +13,7 @@ use crate::error::{Error, Result, SettleError};
 use crate::limits;
 use crate::message::Message;
 use crate::queue::Handle;
+use crate::span;
 
 /// A popped message, and the right to settle it until a deadline.
 ///
@@ -134,6 +135,7 @@ impl Lease {
     }
 
     fn ask(&self, verb: Verb) -> Result<Verdict> {
+        let _span = span::settle(std::slice::from_ref(self), verb.word()).entered();
         let verdicts = self.queue.settle(&self.message.topic, vec![self.proof(verb)])?;
         match verdicts.first() {
             Some(Verdict::Lost) => Err(Error::lease_lost()),

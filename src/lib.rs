@@ -210,8 +210,23 @@
 //! | info | the schema was installed or migrated; the server is back |
 //! | debug | upkeep that was put off, the listener's troubles, connections that broke and were replaced, releases |
 //!
-//! No payload, token or password stands in any of them. For figures see [`Queue::topics`],
-//! [`Topic::stats`] and [`Observer`].
+//! And spans, on the thread of the caller, each around its whole call and what that waits for
+//! ([`complete_many`](Queue::complete_many) has one for each topic):
+//!
+//! | span | level | fields |
+//! |---|---|---|
+//! | `pushpop.push` | debug | `topic`, `count`; `id`, `traceparent` |
+//! | `pushpop.pop` | debug | `topic`, `count`; `id`, `attempt`, `traceparent` |
+//! | `pushpop.settle` | debug | `topic`, `count`, `outcome`; `id`, `traceparent` |
+//! | `pushpop.handle`, around a worker's handler | info | `topic`, `id`, `attempt`, `traceparent` |
+//!
+//! What stands after the semicolon is there if the call was on one message. `traceparent` is the header of
+//! this name, if the message has it. Push a message with that of the present trace, and its consumer
+//! finds it in the spans and by [`Message::header`]: `examples/tracing.rs` shows it. Spans that nobody wants
+//! cost next to nothing. Where they go to `log`, a call is a line of target `pushpop_pg::span`.
+//!
+//! No payload, token, password or other header stands in any of them. For figures see
+//! [`Queue::topics`], [`Topic::stats`] and [`Observer`].
 //!
 //! # How are schema and crate versions kept together?
 //!
@@ -250,6 +265,7 @@ mod observer;
 mod queue;
 mod schema;
 mod slot;
+mod span;
 mod task;
 mod topic;
 mod transaction;

@@ -17,6 +17,7 @@ use crate::limits;
 use crate::link::Call;
 use crate::message::{Message, NewMessage};
 use crate::slot::{Slot, Waited};
+use crate::span;
 
 /// A message queue in PostgreSQL.
 ///
@@ -67,6 +68,7 @@ impl Handle {
 
     /// Settles a lease in a caller's transaction, on its thread.
     pub(crate) fn settle_in(&self, tx: &mut Transaction<'_>, lease: &Lease, call: &Call) -> Result<()> {
+        let _span = span::settle(std::slice::from_ref(lease), call.name).entered();
         let keep = self.engine.settings.keep_settled.as_secs_f64();
         call.run_in(tx, &[&lease.topic(), &lease.id(), &lease.token(), &keep])
             .map(drop)
@@ -198,6 +200,7 @@ impl Queue {
     }
 
     fn push_all(&self, topic: &str, messages: Vec<NewMessage>) -> Result<Vec<bool>> {
+        let _span = span::push(topic, &messages).entered();
         limits::topic(topic)?;
         let bytes = self.check_messages(&messages)?;
         if messages.is_empty() {
@@ -247,6 +250,7 @@ impl Queue {
         message: impl Into<NewMessage>,
     ) -> Result<Uuid> {
         let message = message.into();
+        let _span = span::push(topic, std::slice::from_ref(&message)).entered();
         let during = |e: Error| e.during("push", Some(topic));
         limits::topic(topic).map_err(during)?;
         self.check_messages(std::slice::from_ref(&message)).map_err(during)?;
@@ -282,9 +286,7 @@ impl Queue {
     /// [`Invalid`](crate::ErrorKind::Invalid) for a topic or a lease outside the limits,
     /// [`Closed`](crate::ErrorKind::Closed), and at once whatever is wrong with the connection.
     pub fn try_pop(&self, topic: &str) -> Result<Option<Lease>> {
-        self.pop_once(topic, 1)
-            .map(|leases| leases.into_iter().next())
-            .map_err(|e| e.during("pop", Some(topic)))
+        self.pop_timeout(topic, Duration::ZERO)
     }
 
     fn pop_once(&self, topic: &str, max: usize) -> Result<Vec<Lease>> {
@@ -331,6 +333,15 @@ impl Queue {
     }
 
     fn pop_until(&self, topic: &str, max: usize, timeout: Option<Duration>) -> Result<Vec<Lease>> {
+        let span = span::pop(topic);
+        let popped = span.in_scope(|| self.wait_until(topic, max, timeout));
+        if let Ok(leases) = &popped {
+            span::popped(&span, leases);
+        }
+        popped
+    }
+
+    fn wait_until(&self, topic: &str, max: usize, timeout: Option<Duration>) -> Result<Vec<Lease>> {
         if timeout.is_some_and(|timeout| timeout.is_zero()) {
             return self.pop_once(topic, max);
         }
@@ -383,6 +394,7 @@ impl Queue {
         let mut lost = Vec::new();
         let mut failed: (Vec<Lease>, Option<Error>) = (Vec::new(), None);
         for (topic, leases) in topics {
+            let _span = span::settle(&leases, Verb::Complete.word()).entered();
             let settles = leases.iter().map(|lease| lease.proof(Verb::Complete)).collect();
             match self.handle.settle(&topic, settles) {
                 Ok(verdicts) => {

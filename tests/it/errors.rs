@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use expect_test::expect;
 use pushpop_pg::{Error, ErrorKind, NewMessage, Observer, Queue, SettleError, uuid::Uuid};
+use tracing_subscriber::fmt::format::FmtSpan;
 
 use crate::world::{World, guarded_url, pop};
 
@@ -230,6 +231,7 @@ fn no_payload_or_password_reaches_a_log() {
     assert!(logs.contains("TRACE") || logs.contains("DEBUG"), "no logs: {tail}");
     assert!(logs.contains("tokio_postgres"), "no logs of the driver's: {tail}");
     assert!(logs.contains("pushpop_pg"), "no logs of ours: {tail}");
+    assert!(logs.contains("pushpop.settle{"), "no spans: {tail}");
     assert_silent("a log", &logs);
 }
 
@@ -245,6 +247,7 @@ impl Observer for Panics {
 fn talk(url: &str) {
     tracing_subscriber::fmt()
         .with_max_level(tracing_subscriber::filter::LevelFilter::TRACE)
+        .with_span_events(FmtSpan::NEW | FmtSpan::CLOSE)
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .init();

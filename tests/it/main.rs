@@ -17,6 +17,7 @@ mod pop;
 mod push;
 mod schema;
 mod settle;
+mod spans;
 mod threads;
 mod tidy;
 mod topics;
