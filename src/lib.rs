@@ -275,7 +275,7 @@ pub use builder::Builder;
 pub use error::{Error, ErrorKind, Result, SettleError};
 pub use lease::Lease;
 pub use message::{Message, NewMessage, State};
-pub use observer::{Abandoned, Flight, LeaseLost, Observer, Popped, Pushed, Settled};
+pub use observer::{Abandoned, Flight, Handled, LeaseLost, Observer, Popped, Pushed, Settled, Stuck};
 pub use queue::{Iter, Queue};
 pub use topic::{Stats, Topic};
 

@@ -6,9 +6,9 @@ use uuid::Uuid;
 
 /// Is told what a [`Queue`](crate::Queue) does: for metrics, traces, tests.
 ///
-/// Every method has an empty default. They are called on the threads of the queue, in the middle of
-/// their work: they should return at once, and must not call the queue. A panic in one is caught and
-/// logged.
+/// Every method has an empty default. They are called on the threads of the queue or of a worker, in
+/// the middle of their work: they should return at once, and must not call the queue. A panic in one is
+/// caught and logged.
 ///
 /// ```
 /// use std::sync::atomic::{AtomicUsize, Ordering};
@@ -54,6 +54,17 @@ pub trait Observer: Send + Sync + 'static {
 
     /// Messages were popped for callers that were gone by then; they are released.
     fn abandoned(&self, event: &Abandoned<'_>) {
+        let _ = event;
+    }
+
+    /// A worker has handled a message, whatever came of it.
+    fn handled(&self, event: &Handled<'_>) {
+        let _ = event;
+    }
+
+    /// A worker's handler still runs after more time than its message's lease had at first. Told again
+    /// each time its age has doubled.
+    fn stuck(&self, event: &Stuck<'_>) {
         let _ = event;
     }
 }
@@ -135,5 +146,27 @@ events! {
     Abandoned {
         /// How many.
         count: usize,
+    }
+
+    /// A message was handled by a worker.
+    Handled {
+        /// Its id.
+        id: Uuid,
+        /// What the handler said, `complete`, `discard`, `defer`, `settled` (it had settled the message
+        /// itself) or `fail`; or how it ended otherwise: `panic`, `timeout`, or `released` (given back,
+        /// because the worker was told to stop).
+        outcome: &'static str,
+        /// The number of the attempt.
+        attempt: u32,
+        /// How long the handler ran.
+        duration: Duration,
+    }
+
+    /// A worker's handler does not come to an end.
+    Stuck {
+        /// The id of its message.
+        id: Uuid,
+        /// How long it has been running.
+        age: Duration,
     }
 }
