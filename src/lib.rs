@@ -226,7 +226,7 @@
 //! cost next to nothing. Where they go to `log`, a call is a line of target `pushpop_pg::span`.
 //!
 //! No payload, token, password or other header stands in any of them. For figures see
-//! [`Queue::topics`], [`Topic::stats`] and [`Observer`].
+//! [`Queue::topics`], [`Topic::stats`], [`Observer`], and the feature `metrics`.
 //!
 //! # How are schema and crate versions kept together?
 //!
@@ -247,6 +247,8 @@
 //! # Features
 //!
 //! * `json`: `NewMessage::json` and `Message::json`, by serde.
+//! * `metrics`: `Metrics`, an [`Observer`] that counts by the `metrics` crate, whose exporters serve
+//!   Prometheus and others.
 
 mod builder;
 mod calls;
@@ -261,6 +263,8 @@ mod limits;
 mod link;
 mod listener;
 mod message;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod observer;
 mod queue;
 mod schema;
@@ -278,6 +282,9 @@ pub use message::{Message, NewMessage, State};
 pub use observer::{Abandoned, Flight, Handled, LeaseLost, Observer, Popped, Pushed, Settled, Stuck};
 pub use queue::{Iter, Queue};
 pub use topic::{Stats, Topic};
+
+#[cfg(feature = "metrics")]
+pub use self::metrics::Metrics;
 
 pub use {postgres, time, uuid};
 

@@ -10,11 +10,15 @@ mod errors;
 mod json;
 mod limits;
 mod look;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod observe;
 mod outage;
 mod plans;
 mod pop;
 mod push;
+#[cfg(feature = "metrics")]
+mod recorder;
 mod schema;
 mod settle;
 mod spans;
