@@ -1,72 +1,58 @@
-//! Works a topic with several threads, and ends them cleanly with `close()`.
+//! Works a topic with several threads: some messages fail at first, some handlers panic, and the worker stops cleanly.
 
 use std::error::Error;
-use std::sync::mpsc::{Sender, channel};
-use std::thread;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use pushpop_pg::Queue;
+use pushpop_pg::{Backoff, Outcome, Queue, Worker};
 
-const WORKERS: usize = 4;
 const MESSAGES: u32 = 1_000;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let (url, _server) = pushpop_server::database_url("DATABASE_URL")?;
     let schema = format!("pushpop_worker_{}", std::process::id());
     let queue = Queue::builder().schema(&schema).connect(&url)?;
+    queue.push_many("numbers", (0..MESSAGES).map(|n| n.to_string()))?;
+    queue.push("numbers", "not a number")?;
 
-    let mut handled = thread::scope(|scope| {
-        let (done, handled) = channel();
-        let workers: Vec<_> = (0..WORKERS)
-            .map(|_| {
-                let (queue, done) = (&queue, done.clone());
-                scope.spawn(move || work(queue, &done))
-            })
-            .collect();
-        drop(done);
+    // Panics are part of this example; their words go to the log and to the message.
+    std::panic::set_hook(Box::new(|_| {}));
+    let sum = AtomicU32::new(0);
+    let worker =
+        Worker::new(&queue).backoff(Backoff::fixed(Duration::from_millis(100))).handle("numbers", 8, |job| {
+            // Nothing will make a number of this: no more attempts.
+            let Ok(number) = String::from_utf8_lossy(job.payload()).parse::<u32>() else {
+                return Ok(Outcome::Discard);
+            };
+            match (number % 100, job.attempt()) {
+                (13, 1) => return Err("unlucky, try again".into()),
+                (42, 1) => panic!("out of answers"),
+                _ => {}
+            }
+            sum.fetch_add(number, Ordering::Relaxed);
+            Ok(Outcome::Complete)
+        });
 
-        queue.push_many("numbers", (0..MESSAGES).map(|n| n.to_string()))?;
-        // Ends early if all workers have ended with an error.
-        let handled: Vec<u32> = handled.iter().take(MESSAGES as usize).collect();
-
-        // A service does this when it is told to stop: waiting pops end, and what is being worked
-        // on can still be settled.
-        queue.close();
-        for worker in workers {
-            worker.join().map_err(|_| "a worker panicked")??;
+    // A service would call `worker.run()` on its main thread, and be stopped by a signal.
+    let stopper = worker.stopper();
+    let ended = std::thread::scope(|scope| {
+        let running = scope.spawn(|| worker.run());
+        while queue.topic("numbers").stats()?.settled() <= u64::from(MESSAGES) {
+            std::thread::sleep(Duration::from_millis(50));
         }
-        Ok::<_, Box<dyn Error>>(handled)
+        stopper.stop();
+        running.join().map_err(|_| "the worker panicked")?.map_err(Box::<dyn Error>::from)
     })?;
+    println!("{ended}");
 
-    handled.sort_unstable();
-    assert!(handled.into_iter().eq(0..MESSAGES), "each message is handled once");
-    println!("{WORKERS} workers handled {MESSAGES} messages, each once, and have ended");
+    assert_eq!(sum.load(Ordering::Relaxed), MESSAGES * (MESSAGES - 1) / 2, "each number counts once");
+    println!("{MESSAGES} numbers added up, 20 of them at the second attempt, one message discarded");
 
-    // A closed queue can still be looked at.
-    assert_eq!(queue.topic("numbers").stats()?.settled(), u64::from(MESSAGES));
-
-    let queue = Queue::builder().schema(&schema).connect(&url)?;
     // Upkeep that is under way may be in the way of this.
     let clean_up = format!("drop schema {schema} cascade");
     while let Err(e) = queue.transaction(|tx| Ok(tx.batch_execute(&clean_up)?)) {
         if !e.is_retryable() {
             return Err(e.into());
-        }
-    }
-    Ok(())
-}
-
-/// Handles messages one after the other, until the queue is closed.
-fn work(queue: &Queue, done: &Sender<u32>) -> Result<(), pushpop_pg::Error> {
-    for lease in queue.iter("numbers") {
-        let lease = lease?;
-        match String::from_utf8_lossy(lease.payload()).parse() {
-            Ok(number) => {
-                lease.complete()?;
-                // Nobody listens any more when the program is about to end.
-                let _ = done.send(number);
-            }
-            // Tried again after a while; dead when it has failed too often.
-            Err(why) => lease.fail(why)?,
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! The functions of the schema, as this crate calls them: their SQL, and the rows they return.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::time::Instant;
 
 use postgres::Row;
@@ -24,6 +25,9 @@ pub(crate) struct Calls {
     pub(crate) wait_for: Call,
     pub(crate) settle_many: Call,
     pub(crate) settle_topics: Call,
+    /// Settles, then pops.
+    pub(crate) turn: Call,
+    pub(crate) heartbeat: Call,
     pub(crate) complete: Call,
     pub(crate) discard: Call,
     pub(crate) find: Call,
@@ -51,6 +55,9 @@ impl Calls {
             "id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, \
              last_error"
         );
+        // Which slice of the arrays is for which topic.
+        let slices = "rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
+                      g(topic, first, last)";
         Calls {
             push: call(
                 "push",
@@ -82,10 +89,12 @@ impl Calls {
             ),
             push_topics: call(
                 "push_topics",
-                "select g.first - 1 + p.place from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) g(topic, first, last), \
-                 pushpop.push_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
-                 $7[g.first : g.last], ($8::pg_catalog.text[]::pg_catalog.jsonb[])[g.first : g.last], \
-                 $9[g.first : g.last], $10) p(place)",
+                &format!(
+                    "select g.first - 1 + p.place from {slices}, \
+                     pushpop.push_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
+                     $7[g.first : g.last], ($8::pg_catalog.text[]::pg_catalog.jsonb[])[g.first : g.last], \
+                     $9[g.first : g.last], $10) p(place)"
+                ),
                 &[
                     Type::TEXT_ARRAY,
                     Type::INT4_ARRAY,
@@ -107,8 +116,9 @@ impl Calls {
             pop_topics: call(
                 "pop_topics",
                 &format!(
-                    "select {popped}, g.part from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) with ordinality \
-                     g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease)"
+                    "select {popped}, g.part \
+                     from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
+                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease) where g.max > 0"
                 ),
                 &[Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::FLOAT8_ARRAY],
             ),
@@ -132,10 +142,11 @@ impl Calls {
             ),
             settle_topics: call(
                 "settle_topics",
-                "select g.first - 1 + s.place, s.result, s.lease_until \
-                 from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) g(topic, first, last), \
-                 pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
-                 $7[g.first : g.last], $8[g.first : g.last], $9, true) s",
+                &format!(
+                    "select g.first - 1 + s.place, s.result, s.lease_until from {slices}, \
+                     pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
+                     $7[g.first : g.last], $8[g.first : g.last], $9, true) s"
+                ),
                 &[
                     Type::TEXT_ARRAY,
                     Type::INT4_ARRAY,
@@ -147,6 +158,43 @@ impl Calls {
                     Type::TEXT_ARRAY,
                     Type::FLOAT8,
                 ],
+            ),
+            turn: call(
+                "turn",
+                &format!(
+                    "select null::pg_catalog.uuid as id, null::pg_catalog.bytea as payload, \
+                     null::pg_catalog.text[] as headers, null::pg_catalog.bytea as token, s.lease_until, \
+                     null::pg_catalog.int4 as attempt, null::pg_catalog.int4 as max_attempts, \
+                     null::pg_catalog.int8 as fence, null::pg_catalog.timestamptz as pushed_at, \
+                     null::pg_catalog.timestamptz as ready_at, null::pg_catalog.text as last_error, \
+                     null::pg_catalog.int8 as part, g.first - 1 + s.place as place, s.result \
+                     from {slices}, \
+                     pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
+                     $7[g.first : g.last], $8[g.first : g.last], $9, true) s \
+                     union all \
+                     select {popped}, g.part, null, null \
+                     from rows from (pg_catalog.unnest($1), pg_catalog.unnest($10), pg_catalog.unnest($11)) \
+                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease) \
+                     where g.max > 0"
+                ),
+                &[
+                    Type::TEXT_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::INT4_ARRAY,
+                    Type::UUID_ARRAY,
+                    Type::BYTEA_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::FLOAT8_ARRAY,
+                    Type::TEXT_ARRAY,
+                    Type::FLOAT8,
+                    Type::INT4_ARRAY,
+                    Type::FLOAT8_ARRAY,
+                ],
+            ),
+            heartbeat: call(
+                "heartbeat",
+                "select place, result, lease_until from pushpop.heartbeat($1, $2, $3, $4)",
+                &[Type::TEXT_ARRAY, Type::UUID_ARRAY, Type::BYTEA_ARRAY, Type::FLOAT8_ARRAY],
             ),
             complete: call(
                 "complete",
@@ -320,11 +368,21 @@ pub(crate) enum Verb {
     Discard,
     Defer(f64),
     Release,
-    Fail(String),
+    /// In so many seconds again, or after the default backoff.
+    Fail {
+        why: String,
+        delay: Option<f64>,
+    },
     Extend(f64),
 }
 
 impl Verb {
+    /// A failure, with as much of its reason as is stored.
+    pub(crate) fn fail(why: impl fmt::Display, delay: Option<f64>) -> Self {
+        let why = why.to_string().replace('\0', "\u{fffd}").chars().take(8192).collect();
+        Verb::Fail { why, delay }
+    }
+
     /// The word for it, as the functions of the schema take it.
     pub(crate) fn word(&self) -> &'static str {
         match self {
@@ -332,7 +390,7 @@ impl Verb {
             Verb::Discard => "discard",
             Verb::Defer(_) => "defer",
             Verb::Release => "release",
-            Verb::Fail(_) => "fail",
+            Verb::Fail { .. } => "fail",
             Verb::Extend(_) => "extend",
         }
     }
@@ -340,13 +398,14 @@ impl Verb {
     pub(crate) fn delay(&self) -> Option<f64> {
         match self {
             Verb::Defer(seconds) | Verb::Extend(seconds) => Some(*seconds),
+            Verb::Fail { delay, .. } => *delay,
             _ => None,
         }
     }
 
     pub(crate) fn error(&self) -> Option<&str> {
         match self {
-            Verb::Fail(why) => Some(why),
+            Verb::Fail { why, .. } => Some(why),
             _ => None,
         }
     }

@@ -168,12 +168,15 @@ impl Engine {
                     Cargo::Settle(jobs) => {
                         jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone()))))
                     }
-                    Cargo::Pop(pops) => pops
-                        .jobs
-                        .iter()
-                        .filter(|job| !job.waits || !error.is_retryable())
-                        .for_each(|job| drop(job.slot.land(id, Err(error.clone())))),
+                    Cargo::Turn(jobs) => {
+                        jobs.iter().for_each(|job| drop(job.settle.slot.land(id, Err(error.clone()))))
+                    }
+                    Cargo::Pop(_) => {}
                 }
+                cargo
+                    .pops()
+                    .filter(|job| !job.waits || !error.is_retryable())
+                    .for_each(|job| drop(job.slot.land(id, Err(error.clone()))));
             }
             let event = crate::observer::Flight {
                 topic,
@@ -202,7 +205,7 @@ impl Engine {
                 state.unwanted -= jobs.iter().filter(|job| job.unwanted).count();
             }
             if own {
-                let pops = if let Cargo::Pop(pops) = cargo { pops.jobs } else { Vec::new() };
+                let pops = cargo.pops().cloned().collect();
                 self.release_lane(&mut state, &topic, id, pops, &outcome);
             }
             if outcome.rows > 0 {
@@ -240,12 +243,14 @@ impl Engine {
         lane.flying.take_if(|flight| *flight == id);
         let popped = !jobs.is_empty();
         let mut short = false;
+        let mut elsewhere = Vec::new();
         for job in jobs.into_iter().rev() {
             if job.waits && job.slot.leave(id, outcome.error.clone()) {
                 short = true;
                 if closed {
                     job.slot.refuse(Error::closed());
                 } else {
+                    elsewhere.extend(job.elsewhere.iter().cloned());
                     lane.pops.push_front(job);
                 }
             }
@@ -274,6 +279,14 @@ impl Engine {
         }
         state.list(topic);
         state.tidy(topic);
+        for topic in elsewhere {
+            let Some(lane) = state.lanes.get_mut(&topic) else { continue };
+            if std::mem::take(&mut lane.missed) {
+                lane.signal = true;
+                lane.poll = false;
+                state.list(&topic);
+            }
+        }
         if let Some(at) = look_at {
             self.wake_keeper(state, at);
             self.start_listener(state);

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use crate::calls::{Calls, Grant, Settle, Verb};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{Airborne, Lane, PopJob, PushJob, SettleJob, State, Task};
+use crate::lane::{Airborne, Lane, PopJob, PushJob, SettleJob, State, Task, TurnJob};
 use crate::link::{Links, Route};
 use crate::observer::Observer;
 use crate::slot::{FlightId, Slot, Waited, lock};
@@ -113,6 +113,36 @@ impl Engine {
     pub(crate) fn settle(self: &Arc<Self>, topic: &str, job: SettleJob) -> Result<()> {
         let mut state = lock(&self.state);
         self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job))
+    }
+
+    /// Where to begin with so many, so that each has its turn.
+    pub(crate) fn next_of(&self, count: usize) -> usize {
+        usize::try_from(lock(&self.state).flights).unwrap_or_default() % count.max(1)
+    }
+
+    /// Pops from whichever of the topics has something first.
+    pub(crate) fn pop_any(self: &Arc<Self>, topics: &[Arc<str>], job: &PopJob) -> Result<()> {
+        let mut state = self.open()?;
+        for topic in topics {
+            let elsewhere = topics.iter().filter(|other| *other != topic).cloned().collect();
+            let job = PopJob { elsewhere, ..job.clone() };
+            self.enqueue(&mut state, topic, |lane| {
+                lane.signal = true;
+                lane.poll = false;
+                lane.pops.push_back(job);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Settles, and pops in the same flight. Once the queue is closed the pop is refused, and the settle is not.
+    pub(crate) fn turn(self: &Arc<Self>, topic: &str, job: TurnJob) -> Result<()> {
+        let mut state = lock(&self.state);
+        if state.closed {
+            job.pop.slot.refuse(Error::closed());
+            return self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job.settle));
+        }
+        self.enqueue(&mut state, topic, |lane| lane.turns.push_back(job))
     }
 
     pub(crate) fn task(self: &Arc<Self>, task: Box<dyn Task>) -> Result<()> {
@@ -214,6 +244,10 @@ impl Engine {
         for lane in state.lanes.values_mut() {
             for job in lane.pops.drain(..) {
                 job.slot.refuse(Error::closed());
+            }
+            for job in lane.turns.drain(..) {
+                job.pop.slot.refuse(Error::closed());
+                lane.settles.push_back(job.settle);
             }
         }
         let waiting = state.airborne.values().flat_map(|flight| &flight.topics).flat_map(|(_, jobs)| jobs);

@@ -11,7 +11,7 @@ use crate::calls::{Grant, Settle, Verdict, headers_json};
 use crate::crew::Outcome;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::lane::{Cargo, Job, Kind, Part, Pops, PushJob, SettleJob};
+use crate::lane::{Cargo, Job, Kind, Part, PopJob, Pops, PushJob, SettleJob, TurnJob, asked};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
@@ -35,17 +35,19 @@ impl Flight<'_> {
     /// Carries out all parts, which are of one kind, in one statement; an outcome for each of them.
     pub(crate) fn carry(&mut self, parts: &[Part]) -> Vec<Outcome> {
         let mut outcomes: Vec<Outcome> = parts.iter().map(|_| Outcome::default()).collect();
-        let (mut pushes, mut settles, mut pops) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut pushes, mut settles, mut turns, mut pops) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for Part { topic, cargo } in parts {
             match cargo {
                 Cargo::Push(jobs) => pushes.push(Group { topic, jobs }),
                 Cargo::Settle(jobs) => settles.push(Group { topic, jobs }),
+                Cargo::Turn(jobs) => turns.push(Group { topic, jobs }),
                 Cargo::Pop(jobs) => pops.push((&**topic, jobs)),
             }
         }
         match parts.first().map(|part| part.cargo.kind()) {
             Some(Kind::Push) => self.push(&pushes, &mut outcomes),
             Some(Kind::Settle) => self.settle(&settles, &mut outcomes),
+            Some(Kind::Turn) => self.turn(&turns, &mut outcomes),
             Some(Kind::Pop) => self.pop(&pops, &mut outcomes),
             None => {}
         }
@@ -122,15 +124,25 @@ impl Flight<'_> {
         let answers = self.share(groups, Self::settle_together, outcomes);
         for ((Group { topic, jobs }, answers), outcome) in groups.iter().zip(answers).zip(outcomes) {
             for (job, answer) in jobs.iter().zip(answers) {
-                if let Ok(verdicts) = &answer {
-                    for (settle, verdict) in job.settles.iter().zip(verdicts) {
-                        self.tell_settled(topic, settle, *verdict);
-                        outcome.rows += 1;
-                    }
-                }
-                drop(job.slot.land(self.id, answer));
+                self.answer_settle(topic, job, answer, outcome);
             }
         }
+    }
+
+    fn answer_settle(
+        &self,
+        topic: &str,
+        job: &SettleJob,
+        answer: Result<Vec<Verdict>>,
+        outcome: &mut Outcome,
+    ) {
+        if let Ok(verdicts) = &answer {
+            for (settle, verdict) in job.settles.iter().zip(verdicts) {
+                self.tell_settled(topic, settle, *verdict);
+                outcome.rows += 1;
+            }
+        }
+        drop(job.slot.land(self.id, answer));
     }
 
     fn settle_together(&mut self, groups: &[Group<'_, SettleJob>]) -> Result<Vec<Vec<Verdict>>> {
@@ -174,7 +186,8 @@ impl Flight<'_> {
         match self.pop_together(parts) {
             Ok(grants) => {
                 for (((topic, pops), grants), outcome) in parts.iter().zip(grants).zip(outcomes) {
-                    self.hand_out(topic, pops, grants, outcome);
+                    outcome.rows = grants.len();
+                    self.hand_out(topic, pops.jobs.iter(), pops.registered, grants, outcome);
                 }
             }
             Err(e) if parts.len() > 1 && !e.is_of_all() => {
@@ -192,11 +205,11 @@ impl Flight<'_> {
 
     /// As many messages as are asked for, in their order, for each part.
     fn pop_together(&mut self, parts: &[(&str, &Pops)]) -> Result<Vec<Vec<Grant>>> {
-        let asked: Vec<i32> = parts.iter().map(|(_, pops)| pops.asked()).collect();
+        let asked: Vec<i32> = parts.iter().map(|(_, pops)| asked(pops.jobs.iter())).collect();
         let leases: Vec<f64> = parts.iter().map(|(_, pops)| pops.lease.as_secs_f64()).collect();
         let sent = Instant::now();
         let mut grants: Vec<Vec<Grant>> = parts.iter().map(|_| Vec::new()).collect();
-        if let [(topic, _)] = parts {
+        if let ([(topic, _)], true) = (parts, asked[0] > 0) {
             for row in self.run(|calls| &calls.pop, &[topic, &asked[0], &leases[0]])? {
                 grants[0].push(Grant::read(topic, &row, sent)?);
             }
@@ -213,11 +226,18 @@ impl Flight<'_> {
     }
 
     /// Hands out what there is, in the order of the requests.
-    fn hand_out(&mut self, topic: &str, pops: &Pops, grants: Vec<Grant>, outcome: &mut Outcome) {
-        outcome.rows = grants.len();
+    fn hand_out<'a>(
+        &mut self,
+        topic: &str,
+        jobs: impl Iterator<Item = &'a PopJob>,
+        registered: bool,
+        grants: Vec<Grant>,
+        outcome: &mut Outcome,
+    ) {
+        let none = grants.is_empty();
         let mut grants = grants.into_iter();
         let mut short = false;
-        for job in &pops.jobs {
+        for job in jobs {
             let share: Vec<Grant> = grants.by_ref().take(job.max).collect();
             if share.is_empty() {
                 if job.waits {
@@ -233,8 +253,10 @@ impl Flight<'_> {
                 Err(unwanted) => self.engine.abandon(topic, unwanted.unwrap_or_default()),
             }
         }
+        // One that was called off since may have been counted.
+        self.engine.abandon(topic, grants.collect());
         if short {
-            if outcome.rows == 0 || !pops.registered {
+            if none || !registered {
                 if self.look(topic, outcome).unwrap_or(false) {
                     outcome.look_in = Some(Duration::ZERO);
                 }
@@ -242,6 +264,78 @@ impl Flight<'_> {
                 outcome.look_in = Some(Duration::from_millis(20));
             }
         }
+    }
+
+    // Turn.
+
+    fn turn(&mut self, groups: &[Group<'_, TurnJob>], outcomes: &mut [Outcome]) {
+        let error = match self.turn_together(groups) {
+            Ok((verdicts, grants)) => {
+                let mut verdicts = verdicts.into_iter();
+                for ((Group { topic, jobs }, grants), outcome) in groups.iter().zip(grants).zip(outcomes) {
+                    outcome.rows = grants.len();
+                    for (TurnJob { settle, .. }, verdicts) in jobs.iter().zip(verdicts.by_ref()) {
+                        self.answer_settle(topic, settle, Ok(verdicts), outcome);
+                    }
+                    self.hand_out(topic, jobs.iter().map(|job| &job.pop), false, grants, outcome);
+                }
+                return;
+            }
+            Err(e) => e,
+        };
+        if error.is_of_all() {
+            for outcome in outcomes {
+                outcome.error = Some(error.clone());
+            }
+            return;
+        }
+        // One of the settles may be the reason. The pops take the next flight.
+        for (Group { topic, jobs }, outcome) in groups.iter().zip(outcomes) {
+            for TurnJob { settle, pop } in *jobs {
+                let group = Group { topic, jobs: std::slice::from_ref(settle) };
+                let verdicts = self
+                    .settle_together(&[group])
+                    .and_then(|mut answers| answers.pop().ok_or_else(Error::panicked));
+                self.answer_settle(topic, settle, verdicts, outcome);
+                if !pop.waits {
+                    drop(pop.slot.land(self.id, Ok(Vec::new())));
+                }
+            }
+            outcome.look_in = Some(Duration::ZERO);
+        }
+    }
+
+    /// Settles first, then pops; for each settle its verdicts, for each group its messages.
+    #[allow(clippy::type_complexity, reason = "answers to two requests")]
+    fn turn_together(
+        &mut self,
+        groups: &[Group<'_, TurnJob>],
+    ) -> Result<(Vec<Vec<Verdict>>, Vec<Vec<Grant>>)> {
+        let settled = || groups.iter().flat_map(|group| group.jobs).map(|job| &job.settle);
+        let settles: Vec<&Settle> = settled().flat_map(|job| &job.settles).collect();
+        let (proofs, slices) = (Proofs::new(&settles), Slices::new(groups));
+        let keep = self.engine.settings.keep_settled.as_secs_f64();
+        let wanted: Vec<i32> =
+            groups.iter().map(|group| asked(group.jobs.iter().map(|job| &job.pop))).collect();
+        let leases: Vec<f64> = groups.iter().map(|group| group.jobs[0].pop.lease.as_secs_f64()).collect();
+        let pops: [&(dyn ToSql + Sync); 2] = [&wanted, &leases];
+        let params = [&slices.params()[..], &proofs.params(&keep)[..], &pops[..]].concat();
+        let sent = Instant::now();
+        let rows = self.run(|calls| &calls.turn, &params)?;
+
+        let mut verdicts = vec![Verdict::Settled; settles.len()];
+        let mut grants: Vec<Vec<Grant>> = groups.iter().map(|_| Vec::new()).collect();
+        for row in rows {
+            if let Some(place) = row.get("place") {
+                put(&mut verdicts, place, Verdict::read(row.get("result"), row.get("lease_until")));
+                continue;
+            }
+            let part = usize::try_from(row.get::<_, i64>("part") - 1).unwrap_or(usize::MAX);
+            if let (Some(group), Some(grants)) = (groups.get(part), grants.get_mut(part)) {
+                grants.push(Grant::read(group.topic, &row, sent)?);
+            }
+        }
+        Ok((split(settled(), verdicts), grants))
     }
 
     /// Tells the server that somebody waits, and asks it whether there is something, or when.
@@ -303,7 +397,7 @@ impl Flight<'_> {
 /// To each request its part of the answers.
 fn split<'a, J: Job + 'a, A>(jobs: impl Iterator<Item = &'a J>, answers: Vec<A>) -> Vec<Vec<A>> {
     let mut rest = answers.into_iter();
-    jobs.map(|job| rest.by_ref().take(job.rows()).collect()).collect()
+    jobs.map(|job| rest.by_ref().take(job.sent()).collect()).collect()
 }
 
 /// Notes the answer for the row of a place, which counts from one.
@@ -325,7 +419,7 @@ impl<'a> Slices<'a> {
         let mut slices = Slices { topics: Vec::new(), firsts: Vec::new(), lasts: Vec::new() };
         let mut last = 0;
         for group in groups {
-            let rows: usize = group.jobs.iter().map(Job::rows).sum();
+            let rows: usize = group.jobs.iter().map(Job::sent).sum();
             slices.topics.push(group.topic);
             slices.firsts.push(last + 1);
             last += i32::try_from(rows).unwrap_or_default();

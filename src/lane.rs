@@ -25,6 +25,8 @@ pub(crate) struct PopJob {
     pub(crate) lease: Duration,
     /// Whether it stays until there is something.
     pub(crate) waits: bool,
+    /// The topics of the other lanes in which it waits: whichever has something first takes it along.
+    pub(crate) elsewhere: Arc<[Arc<str>]>,
     pub(crate) slot: Arc<Slot<Vec<Grant>>>,
 }
 
@@ -33,6 +35,12 @@ pub(crate) struct SettleJob {
     /// Messages that came for somebody who was gone.
     pub(crate) unwanted: bool,
     pub(crate) slot: Arc<Slot<Vec<Verdict>>>,
+}
+
+/// A settle, and a pop by the same caller: they share a flight.
+pub(crate) struct TurnJob {
+    pub(crate) settle: SettleJob,
+    pub(crate) pop: PopJob,
 }
 
 /// A request that shares its flight with no other.
@@ -57,6 +65,7 @@ pub(crate) struct Lane {
     pub(crate) pushes: VecDeque<PushJob>,
     pub(crate) pops: VecDeque<PopJob>,
     pub(crate) settles: VecDeque<SettleJob>,
+    pub(crate) turns: VecDeque<TurnJob>,
     /// A flight that is still alone.
     pub(crate) flying: Option<FlightId>,
     /// All flights under way.
@@ -66,20 +75,23 @@ pub(crate) struct Lane {
     pub(crate) signal: bool,
     /// The signal is only that of the clock.
     pub(crate) poll: bool,
+    /// A flight left while one of those that wait was on a flight for another topic.
+    pub(crate) missed: bool,
     /// When to look next for those that wait.
     pub(crate) look_at: Option<Instant>,
     /// Until when the server knows that somebody waits.
     pub(crate) registered: Option<Instant>,
     /// Flights with pops that failed, one after the other.
     pub(crate) failures: u32,
-    /// How often another kind was preferred: to pushes, settles, pops.
-    passed: [u8; 3],
+    /// How often another kind was preferred to each.
+    passed: [u8; 4],
 }
 
 /// What a flight carries: requests of one kind for one topic.
 pub(crate) enum Cargo {
     Push(Vec<PushJob>),
     Settle(Vec<SettleJob>),
+    Turn(Vec<TurnJob>),
     Pop(Pops),
 }
 
@@ -93,12 +105,10 @@ pub(crate) struct Pops {
     pub(crate) registered: bool,
 }
 
-impl Pops {
-    /// How many messages they want together.
-    pub(crate) fn asked(&self) -> i32 {
-        let asked: usize = self.jobs.iter().map(|job| job.max).sum();
-        i32::try_from(asked.min(limits::FLIGHT_ROWS)).unwrap_or(1)
-    }
+/// How many messages some pops want together.
+pub(crate) fn asked<'a>(jobs: impl Iterator<Item = &'a PopJob>) -> i32 {
+    let asked: usize = jobs.filter(|job| job.slot.is_awaited()).map(|job| job.max).sum();
+    i32::try_from(asked.min(limits::FLIGHT_ROWS)).unwrap_or(1)
 }
 
 /// The part of a flight that is for one topic.
@@ -110,10 +120,7 @@ pub(crate) struct Part {
 impl Part {
     /// Those aboard that stay until there is something.
     pub(crate) fn waiting(&self) -> Vec<PopJob> {
-        match &self.cargo {
-            Cargo::Pop(pops) => pops.jobs.iter().filter(|job| job.waits).cloned().collect(),
-            _ => Vec::new(),
-        }
+        self.cargo.pops().filter(|job| job.waits).cloned().collect()
     }
 }
 
@@ -224,11 +231,14 @@ impl State {
 
 impl Lane {
     fn has_work(&self) -> bool {
-        !self.pushes.is_empty() || !self.settles.is_empty() || (self.signal && !self.pops.is_empty())
+        !self.pushes.is_empty()
+            || !self.settles.is_empty()
+            || !self.turns.is_empty()
+            || (self.signal && !self.pops.is_empty())
     }
 
     fn is_empty(&self) -> bool {
-        self.pushes.is_empty() && self.settles.is_empty() && self.pops.is_empty()
+        self.pushes.is_empty() && self.settles.is_empty() && self.turns.is_empty() && self.pops.is_empty()
     }
 
     /// What the next flight takes along. The kind of which there are most leaves first: threads that do the same
@@ -237,12 +247,13 @@ impl Lane {
     /// Beside parts for other topics only what is of their kind, and is alike in its cost.
     fn board(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
         let pops = if self.signal { self.pops.len() } else { 0 };
-        let waiting = [self.pushes.len(), self.settles.len(), pops];
+        let waiting = [self.pushes.len(), self.settles.len(), self.turns.len(), pops];
         let order = |kind: Kind| {
             let (kind, waits) = (kind as usize, waiting[kind as usize]);
             (waits > 0, self.passed[kind] > 1, waits)
         };
-        let next = [Kind::Push, Kind::Settle, Kind::Pop].into_iter().max_by_key(|kind| order(*kind))?;
+        let next =
+            [Kind::Push, Kind::Settle, Kind::Turn, Kind::Pop].into_iter().max_by_key(|kind| order(*kind))?;
         if room.kind.is_some_and(|kind| kind != next || kind == Kind::Pop && self.poll) {
             return None;
         }
@@ -252,6 +263,10 @@ impl Lane {
         match next {
             Kind::Push => room.board(&mut self.pushes, id, |_| true).map(Cargo::Push),
             Kind::Settle => room.board(&mut self.settles, id, |_| true).map(Cargo::Settle),
+            Kind::Turn => {
+                let lease = self.turns.front()?.pop.lease;
+                room.board(&mut self.turns, id, |job| job.pop.lease == lease).map(Cargo::Turn)
+            }
             Kind::Pop => self.board_pops(id, room),
         }
     }
@@ -259,13 +274,14 @@ impl Lane {
     /// Those that are left behind, for want of room or with another lease, are next if there is enough for
     /// these.
     fn board_pops(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
-        self.pops.retain(|job| job.slot.is_queued());
-        let Some(lease) = self.pops.front().map(|job| job.lease) else {
-            self.signal = false;
-            return None;
-        };
-        let jobs = room.board(&mut self.pops, id, |job| job.lease == lease)?;
-        self.signal = false;
+        self.pops.retain(|job| job.slot.is_awaited());
+        let (mut here, away) = self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued());
+        self.missed |= !away.is_empty();
+        let lease = here.front().map(|job| job.lease);
+        let jobs = room.board(&mut here, id, |job| Some(job.lease) == lease);
+        self.pops.extend(here.into_iter().chain(away));
+        self.signal &= jobs.is_none() && lease.is_some();
+        let (jobs, lease) = jobs.zip(lease)?;
         let poll = std::mem::take(&mut self.poll);
         let registered = self.registered.is_some_and(|until| until > Instant::now());
         Some(Cargo::Pop(Pops { jobs, lease, poll, registered }))
@@ -316,6 +332,7 @@ impl Room {
 pub(crate) enum Kind {
     Push,
     Settle,
+    Turn,
     Pop,
 }
 
@@ -324,6 +341,7 @@ impl Kind {
         match self {
             Kind::Push => "push",
             Kind::Settle => "settle",
+            Kind::Turn => "turn",
             Kind::Pop => "pop",
         }
     }
@@ -335,6 +353,11 @@ pub(crate) trait Job {
 
     /// How many messages it is about, at most.
     fn rows(&self) -> usize;
+
+    /// How many it sends.
+    fn sent(&self) -> usize {
+        self.rows()
+    }
 
     /// How many bytes it sends.
     fn bytes(&self) -> usize {
@@ -385,12 +408,40 @@ impl Job for PopJob {
     }
 }
 
+impl Job for TurnJob {
+    const KIND: Kind = Kind::Turn;
+
+    fn rows(&self) -> usize {
+        self.sent().max(self.pop.max)
+    }
+
+    fn sent(&self) -> usize {
+        self.settle.settles.len()
+    }
+
+    /// Both, or the one that somebody still waits for: settling twice does no harm.
+    fn board(&self, flight: FlightId) -> bool {
+        let settles = self.settle.board(flight);
+        self.pop.board(flight) || settles
+    }
+}
+
 impl Cargo {
+    /// The pops aboard.
+    pub(crate) fn pops(&self) -> Box<dyn Iterator<Item = &PopJob> + '_> {
+        match self {
+            Cargo::Push(_) | Cargo::Settle(_) => Box::new(std::iter::empty()),
+            Cargo::Turn(jobs) => Box::new(jobs.iter().map(|job| &job.pop)),
+            Cargo::Pop(pops) => Box::new(pops.jobs.iter()),
+        }
+    }
+
     /// How many requests it has.
     pub(crate) fn callers(&self) -> usize {
         match self {
             Cargo::Push(jobs) => jobs.len(),
             Cargo::Settle(jobs) => jobs.len(),
+            Cargo::Turn(jobs) => jobs.len(),
             Cargo::Pop(pops) => pops.jobs.len(),
         }
     }
@@ -399,6 +450,7 @@ impl Cargo {
         let first = match self {
             Cargo::Push(jobs) => jobs.first().map(Job::rows),
             Cargo::Settle(jobs) => jobs.first().map(Job::rows),
+            Cargo::Turn(jobs) => jobs.first().map(Job::rows),
             Cargo::Pop(pops) => pops.jobs.first().map(Job::rows),
         };
         first >= Some(LARGE)
@@ -413,6 +465,7 @@ impl Cargo {
         match self {
             Cargo::Push(_) => Kind::Push,
             Cargo::Settle(_) => Kind::Settle,
+            Cargo::Turn(_) => Kind::Turn,
             Cargo::Pop(_) => Kind::Pop,
         }
     }

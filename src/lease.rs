@@ -47,6 +47,8 @@ pub struct Lease {
     message: Message,
     token: Vec<u8>,
     until: OffsetDateTime,
+    /// How long it was at first.
+    length: Duration,
     /// By the local clock; never later than the server's truth.
     ends: Instant,
 }
@@ -58,6 +60,7 @@ impl Lease {
             message: grant.message,
             token: grant.token,
             until: grant.lease_until,
+            length: lease,
             ends: grant.asked + lease,
         }
     }
@@ -119,8 +122,7 @@ impl Lease {
     /// Those of [`complete`](Self::complete).
     #[doc(alias = "nack")]
     pub fn fail(self, why: impl fmt::Display) -> Result<(), SettleError> {
-        let why = why.to_string().replace('\0', "\u{fffd}").chars().take(8192).collect();
-        self.settle(Verb::Fail(why))
+        self.settle(Verb::fail(why, None))
     }
 
     fn settle(self, verb: Verb) -> Result<(), SettleError> {
@@ -147,6 +149,10 @@ impl Lease {
 
     pub(crate) fn proof(&self, verb: Verb) -> Settle {
         Settle { id: self.message.id, token: self.token.clone(), verb }
+    }
+
+    pub(crate) fn length(&self) -> Duration {
+        self.length
     }
 
     pub(crate) fn token(&self) -> &[u8] {

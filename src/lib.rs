@@ -50,7 +50,7 @@
 //! |---|---|---|
 //! | [`push`](Queue::push), [`push_many`](Queue::push_many), settles, looks | | the operation time-out (30 s) |
 //! | [`try_pop`](Queue::try_pop) | no | the operation time-out |
-//! | [`pop_timeout`](Queue::pop_timeout), [`pop_many`](Queue::pop_many) | yes | its own time-out |
+//! | [`pop_timeout`](Queue::pop_timeout), [`pop_many`](Queue::pop_many), [`pop_any`](Queue::pop_any) | yes | its own time-out |
 //! | [`pop`](Queue::pop), [`iter`](Queue::iter) | yes | when there is one, or the queue is closed |
 //! | [`push_in`](Queue::push_in), [`complete_in`](Lease::complete_in), [`discard_in`](Lease::discard_in) | | what the caller's connection allows |
 //! | [`transaction`](Queue::transaction) | | the operation time-out for a connection, then as long as its closure |
@@ -73,9 +73,10 @@
 //! |---|---|
 //! | connections that carry out calls | as many as calls need, up to [`pool_size`](Builder::pool_size) (4) |
 //! | the connection that listens | 1, from the first pop that has to wait on; none behind a [pooler](Builder::pooler) |
-//! | threads | one for each connection, one that keeps the time, and those of the pool |
+//! | the connection of a [`Worker`] | 1, from the first lease that it has to extend |
+//! | threads | one for each connection, one that keeps the time, and those of the pool; for a worker one more |
 //!
-//! Plan with the pool and one more. A waiting pop holds no connection and sends no queries, so
+//! Plan with the pool and two more. A waiting pop holds no connection and sends no queries, so
 //! hundreds of waiting threads need no larger pool. [`Queue::transaction`] takes a connection of the pool for
 //! as long as it runs. A connection that does not answer any more is left behind with its thread, and
 //! another takes its place: after an outage there may be up to 16 more for a while.
@@ -84,6 +85,37 @@
 //! 2 s), `default_transaction_isolation = 'read committed'`, `client_min_messages`, and the server's
 //! keepalives, so that a client that vanished holds no locks for long. Within [`Queue::transaction`] both
 //! time-outs are off. Behind a pooler in transaction mode nothing of this is set.
+//!
+//! # How are messages handled by a worker?
+//!
+//! A [`Worker`] has a number of threads for each topic, and a handler, which says by its return value what becomes
+//! of the message. An error or a panic is a failed attempt; the thread lives on.
+//!
+//! ```no_run
+//! use pushpop_pg::{Outcome, Queue, Worker};
+//!
+//! # fn send(_: &[u8]) -> Result<(), std::io::Error> { Ok(()) }
+//! # fn main() -> Result<(), pushpop_pg::Error> {
+//! let queue = Queue::connect("postgres://localhost/app")?;
+//! let worker = Worker::new(&queue).handle("mail", 8, |job| {
+//!     if job.payload().is_empty() {
+//!         return Ok(Outcome::Discard);
+//!     }
+//!     send(job.payload())?;
+//!     Ok(Outcome::Complete)
+//! });
+//! let ended = worker.run()?;
+//! println!("{ended}");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The leases of all handlers that run are extended together, every third of their length, by a thread with a connection
+//! of its own. So a lease need not outlast a handler: its length says how soon the messages of a program that died are
+//! free again. [`Job::is_lost`] says whether that failed, [`Job::should_stop`] whether the worker is stopping too.
+//!
+//! [`Stopper::stop`], [`Queue::close`], or with `Worker::signals` SIGTERM or SIGINT, end it: no more messages are popped,
+//! and handlers that run finish. What outlives the [grace period](Worker::grace) is given back without burning an attempt.
 //!
 //! # How is it shut down?
 //!
@@ -134,6 +166,8 @@
 //! | [`operation_timeout`](Builder::operation_timeout) | 30 s | at least 100 ms |
 //! | [`poll_interval`](Builder::poll_interval) | 1 s | at least 10 ms |
 //! | [`keep_settled`](Builder::keep_settled) | 1 h | 0 (deleted when settled) to 7,900 years |
+//! | [`Worker::grace`] | 30 s | |
+//! | [`Worker::limit`] | none | |
 //! | [`max_attempts`](Builder::max_attempts), or that of the [message](NewMessage::max_attempts) | 25 | 1 to 32,767, or none |
 //! | backoff after a [failure](Lease::fail) | 1 s, doubling to 1 h, less up to a quarter | |
 //! | [`schema`](Builder::schema) | `pushpop` | 1 to 63 bytes, not `pg_..`, no `$` |
@@ -154,6 +188,8 @@
 //! | headers of a message | 64, of 16 KiB together, no NUL |
 //! | messages and bytes in one [`push_many`](Queue::push_many) | 10,000 and 256 MiB |
 //! | messages in one [`pop_many`](Queue::pop_many) or [`peek`](Topic::peek) | 1 to 1,000 |
+//! | topics of one [`pop_any`](Queue::pop_any) | 1 to 1,000 |
+//! | threads of one handler of a [`Worker`] | 1 to 10,000 |
 //! | delay | 250,000,000,000 s, about 7,900 years |
 //! | [`ready_at`](NewMessage::ready_at) | years 2 to 9998 |
 //! | [`last_error`](Message::last_error) | 8,192 characters; longer ones are cut |
@@ -205,9 +241,9 @@
 //!
 //! | level | what |
 //! |---|---|
-//! | error | an [`Observer`] panicked |
-//! | warn | the server is lost, once for each outage; a call that was never answered is written off; no thread could be started; the server is on another host, and nothing encrypts the connection |
-//! | info | the schema was installed or migrated; the server is back |
+//! | error | an [`Observer`] or a worker's handler panicked; a message ran out of attempts; a handler outlived its limit or the grace period; a worker could not settle a message |
+//! | warn | a worker's handler failed, or runs on and on; leases were not extended in time; the server is lost, once for each outage; a call that was never answered is written off; no thread could be started; the server is on another host, and nothing encrypts the connection |
+//! | info | the schema was installed or migrated; the server is back; a worker was signalled, or has ended |
 //! | debug | upkeep that was put off, the listener's troubles, connections that broke and were replaced, releases |
 //!
 //! And spans, on the thread of the caller, each around its whole call and what that waits for
@@ -249,13 +285,16 @@
 //! * `json`: `NewMessage::json` and `Message::json`, by serde.
 //! * `metrics`: `Metrics`, an [`Observer`] that counts by the `metrics` crate, whose exporters serve
 //!   Prometheus and others.
+//! * `signals`: `Worker::signals`, by the `signal-hook` crate.
 
+mod backoff;
 mod builder;
 mod calls;
 mod crew;
 mod engine;
 mod error;
 mod flight;
+mod job;
 mod keeper;
 mod lane;
 mod lease;
@@ -268,20 +307,29 @@ mod metrics;
 mod observer;
 mod queue;
 mod schema;
+#[cfg(feature = "signals")]
+mod signals;
 mod slot;
 mod span;
+mod stopping;
 mod task;
 mod topic;
 mod transaction;
 mod upkeep;
+mod watch;
+mod worker;
 
+pub use backoff::Backoff;
 pub use builder::Builder;
 pub use error::{Error, ErrorKind, Result, SettleError};
+pub use job::{BoxError, Job, Outcome};
 pub use lease::Lease;
 pub use message::{Message, NewMessage, State};
 pub use observer::{Abandoned, Flight, Handled, LeaseLost, Observer, Popped, Pushed, Settled, Stuck};
 pub use queue::{Iter, Queue};
+pub use stopping::{Ended, Stopper};
 pub use topic::{Stats, Topic};
+pub use worker::Worker;
 
 #[cfg(feature = "metrics")]
 pub use self::metrics::Metrics;

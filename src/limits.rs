@@ -20,7 +20,7 @@ const HEADERS: usize = 16 << 10;
 pub(crate) const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
 /// About 7,900 years: the longest delay that ends before the year 10000.
-const DELAY: Duration = Duration::from_secs(250_000_000_000);
+pub(crate) const DELAY: Duration = Duration::from_secs(250_000_000_000);
 
 fn check(within: bool, message: impl FnOnce() -> String) -> Result<()> {
     if within { Ok(()) } else { Err(Error::invalid(message())) }
@@ -76,6 +76,19 @@ pub(crate) fn max_attempts(most: u16) -> Result<()> {
 pub(crate) fn lease(lease: Duration) -> Result<()> {
     let (least, most) = (Duration::from_secs(1), Duration::from_secs(86_400));
     check((least..=most).contains(&lease), || format!("a lease has 1 s to 24 h, not {lease:?}"))
+}
+
+/// The topics that one pop asks.
+pub(crate) fn topics(topics: &[impl AsRef<str>]) -> Result<()> {
+    check((1..=1_000).contains(&topics.len()), || {
+        format!("a pop asks 1 to 1000 topics, not {}", topics.len())
+    })?;
+    topics.iter().try_for_each(|name| topic(name.as_ref()))
+}
+
+/// The threads of a worker for one handler.
+pub(crate) fn threads(threads: usize) -> Result<()> {
+    check((1..=10_000).contains(&threads), || format!("a handler has 1 to 10000 threads, not {threads}"))
 }
 
 /// How many leases one `pop_many` may ask for.

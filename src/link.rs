@@ -83,6 +83,14 @@ impl Route {
     }
 }
 
+/// Starts a thread that nobody waits for.
+pub(crate) fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    match thread::Builder::new().name(name.into()).spawn(work) {
+        Ok(_) => Ok(()),
+        Err(e) => Err(Error::connection(format!("cannot start a thread: {e}"))),
+    }
+}
+
 /// Does something that may hang on a thread of its own, and leaves it behind when it does.
 pub(crate) fn within<T: Send + 'static>(
     deadline: Instant,
@@ -90,11 +98,8 @@ pub(crate) fn within<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let (reply, answer) = mpsc::sync_channel(1);
-    thread::Builder::new()
-        .name(name.into())
-        // When nobody waits any more, the result ends here, however long that takes.
-        .spawn(move || drop(reply.send(work())))
-        .map_err(|e| Error::connection(format!("cannot start a thread: {e}")))?;
+    // When nobody waits any more, the result ends here, however long that takes.
+    spawn(name, move || drop(reply.send(work())))?;
     let begun = Instant::now();
     let patience = deadline.saturating_duration_since(begun);
     answer.recv_timeout(patience).unwrap_or_else(|_| {
@@ -361,9 +366,8 @@ fn unanswered(error: postgres::Error) -> Error {
 /// Closing a connection sends a farewell, and may wait for ever for an earlier reply: a thread of
 /// its own does it.
 pub(crate) fn bury(client: Client) {
-    let spawned = thread::Builder::new().name("pushpop-close".into()).spawn(move || drop(client));
-    if let Err(e) = spawned {
-        tracing::debug!("cannot start a thread to close a connection: {e}");
+    if let Err(e) = spawn("pushpop-close", move || drop(client)) {
+        tracing::debug!("a connection is closed on this thread: {e}");
     }
 }
 

@@ -122,7 +122,7 @@ events! {
 
     /// A statement was carried out.
     Flight {
-        /// `push`, `pop` or `settle`.
+        /// `push`, `pop`, `settle`, or `turn`: settles and pops of a worker.
         kind: &'static str,
         /// How many callers shared it.
         callers: usize,
@@ -153,8 +153,8 @@ events! {
         /// Its id.
         id: Uuid,
         /// What the handler said, `complete`, `discard`, `defer`, `settled` (it had settled the message
-        /// itself) or `fail`; or how it ended otherwise: `panic`, `timeout`, or `released` (given back,
-        /// because the worker was told to stop).
+        /// itself) or `fail`; or how it ended otherwise: `panic`; or, decided before it returned, `timeout` (the limit
+        /// of the worker) or `released` (given back at the end of the grace period).
         outcome: &'static str,
         /// The number of the attempt.
         attempt: u32,

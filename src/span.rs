@@ -62,7 +62,6 @@ pub(crate) fn settle(leases: &[Lease], outcome: &'static str) -> Span {
 }
 
 /// Around the handler of a worker.
-#[expect(dead_code, reason = "the worker opens it")]
 pub(crate) fn handle(message: &Message) -> Span {
     info_span!(
         "pushpop.handle",

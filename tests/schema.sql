@@ -154,23 +154,12 @@ CREATE FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, token b
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
-declare
-  ends timestamptz;
 begin
   perform from "pushpop".messages m
   where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
-    and m.state in ('p', 'd', 'r', 'f', 'e');
-  if not found then
-    return null;
-  end if;
-  -- Never earlier than it was: the row that it shared so far may end later.
-  select greatest(until, l.lease_until) into ends from "pushpop".leases l
-  where l.topic = extend_lease.topic and l.key = substring(token from 1 for 16);
-  insert into "pushpop".leases as l (topic, key, lease_until, open, ids, fences)
-  values (extend_lease.topic, token, coalesce(ends, until), 0, array[extend_lease.id], array[extend_lease.fence])
-  on conflict (topic, key) do update set lease_until = greatest(l.lease_until, excluded.lease_until)
-  returning lease_until into ends;
-  return ends;
+    and m.state in ('p', 'd', 'r', 'f', 'e')
+  for no key update;
+  return case when found then "pushpop".move_deadline(topic, id, fence, token, until) end;
 end
 $$;
 CREATE FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision DEFAULT NULL::double precision) RETURNS void
@@ -258,6 +247,57 @@ begin
   return true;
 end
 $$;
+CREATE FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[]) RETURNS TABLE(place integer, result text, lease_until timestamp with time zone)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment   timestamptz := clock_timestamp();
+  beat     record;
+  delivery integer;
+begin
+  perform "pushpop".check_arrays(cardinality(ids), array[coalesce(cardinality(topics), 0), coalesce(cardinality(tokens), 0),
+                                                       coalesce(cardinality(leases), 0)]);
+  perform "pushpop".check_topic(u.topic), "pushpop".lease_interval(u.lease) from unnest(topics, leases) u(topic, lease);
+  for beat in
+    select u.topic, u.id, u.token, u.place::integer, u.lease * interval '1 second' as lease
+    from unnest(topics, ids, tokens, leases) with ordinality u(topic, id, token, lease, place) order by u.topic, u.id
+  loop
+    place := beat.place;
+    result := 'lost';
+    lease_until := null;
+    delivery := "pushpop".prove(beat.topic, beat.id, beat.token);
+    if delivery is not null then
+      perform from "pushpop".messages m
+      where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e')
+      for no key update skip locked;
+      if found then
+        perform from "pushpop".leases l where l.topic = beat.topic and l.key = beat.token for update skip locked;
+        if found or not exists (select from "pushpop".leases l where l.topic = beat.topic and l.key = beat.token) then
+          result := 'extended';
+          lease_until := "pushpop".move_deadline(beat.topic, beat.id, delivery, beat.token, moment + beat.lease);
+        else
+          result := 'busy';
+        end if;
+      elsif exists (
+        select from "pushpop".messages m
+        where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e'))
+      then
+        result := 'busy';
+      end if;
+    end if;
+    return next;
+  end loop;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
+$$;
 CREATE FUNCTION pushpop.lease_interval(lease double precision) RETURNS interval
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -306,6 +346,23 @@ CREATE FUNCTION pushpop.make_durable() RETURNS void
     AS $$
 begin
   perform set_config('synchronous_commit', 'on', true);
+end
+$$;
+CREATE FUNCTION pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) RETURNS timestamp with time zone
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  ends timestamptz;
+begin
+  -- Never earlier than it was: the row that it shared so far may end later.
+  select greatest(until, l.lease_until) into ends from "pushpop".leases l
+  where l.topic = move_deadline.topic and l.key = substring(token from 1 for 16);
+  insert into "pushpop".leases as l (topic, key, lease_until, open, ids, fences)
+  values (move_deadline.topic, token, coalesce(ends, until), 0, array[move_deadline.id], array[move_deadline.fence])
+  on conflict (topic, key) do update set lease_until = greatest(l.lease_until, excluded.lease_until)
+  returning lease_until into ends;
+  return ends;
 end
 $$;
 CREATE FUNCTION pushpop.new_id() RETURNS uuid
@@ -718,7 +775,7 @@ begin
   loop
     stuck := false;
     for slot in
-      select u.id, u.fence
+      select u.id, u.fence, u.slot
       from unnest(lease.ids, lease.fences) with ordinality u(id, fence, slot)
       cross join lateral (
         select from "pushpop".messages m
@@ -733,6 +790,11 @@ begin
       perform from "pushpop".messages m where m.topic = reclaim.topic and m.id = slot.id for update skip locked;
       if not found then
         stuck := true;
+      elsif octet_length(lease.key) = 16 and exists (
+        select from "pushpop".leases l
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(slot.slot::int2) || int4send(slot.fence))
+      then
+        null;  -- It was extended before it was locked here.
       elsif "pushpop".give_back(reclaim.topic, slot.id, slot.fence, 'expire', moment, null, 'the lease expired') then
         count := count + 1;
       end if;
@@ -1449,9 +1511,11 @@ REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, 
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.find(topic text, id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lease_interval(lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lock_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.make_durable() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;

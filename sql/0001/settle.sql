@@ -321,28 +321,94 @@ begin
 end
 $body$;
 
--- Gives a lease a row of its own with a later end; returns that, or null if the lease is over.
+-- Gives a lease a row of its own with a later end; returns that, or null if the lease is over. Locks the
+-- message, so that it cannot be reclaimed at the same time.
 create function pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamptz) returns timestamptz
+language plpgsql
+as $body$
+#variable_conflict use_column
+begin
+  perform from pushpop.messages m
+  where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
+    and m.state in ('p', 'd', 'r', 'f', 'e')
+  for no key update;
+  return case when found then pushpop.move_deadline(topic, id, fence, token, until) end;
+end
+$body$;
+
+-- The same once the message is locked.
+create function pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamptz) returns timestamptz
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
   ends timestamptz;
 begin
-  perform from pushpop.messages m
-  where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
-    and m.state in ('p', 'd', 'r', 'f', 'e');
-  if not found then
-    return null;
-  end if;
   -- Never earlier than it was: the row that it shared so far may end later.
   select greatest(until, l.lease_until) into ends from pushpop.leases l
-  where l.topic = extend_lease.topic and l.key = substring(token from 1 for 16);
+  where l.topic = move_deadline.topic and l.key = substring(token from 1 for 16);
   insert into pushpop.leases as l (topic, key, lease_until, open, ids, fences)
-  values (extend_lease.topic, token, coalesce(ends, until), 0, array[extend_lease.id], array[extend_lease.fence])
+  values (move_deadline.topic, token, coalesce(ends, until), 0, array[move_deadline.id], array[move_deadline.fence])
   on conflict (topic, key) do update set lease_until = greatest(l.lease_until, excluded.lease_until)
   returning lease_until into ends;
   return ends;
+end
+$body$;
+
+-- Moves the deadlines of many leases, of any topics, to `lease` seconds from now each, and waits for no
+-- row: for consumers that are still at work. Returns for each place `extended` with the new deadline, `lost`,
+-- or `busy` when another transaction has the message, such as that of its holder: nobody else gets it
+-- then, and it stays as it is.
+create function pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[])
+returns table (place integer, result text, lease_until timestamptz)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set plan_cache_mode = force_generic_plan
+as $body$
+#variable_conflict use_column
+declare
+  moment   timestamptz := clock_timestamp();
+  beat     record;
+  delivery integer;
+begin
+  perform pushpop.check_arrays(cardinality(ids), array[coalesce(cardinality(topics), 0), coalesce(cardinality(tokens), 0),
+                                                       coalesce(cardinality(leases), 0)]);
+  perform pushpop.check_topic(u.topic), pushpop.lease_interval(u.lease) from unnest(topics, leases) u(topic, lease);
+  for beat in
+    select u.topic, u.id, u.token, u.place::integer, u.lease * interval '1 second' as lease
+    from unnest(topics, ids, tokens, leases) with ordinality u(topic, id, token, lease, place) order by u.topic, u.id
+  loop
+    place := beat.place;
+    result := 'lost';
+    lease_until := null;
+    delivery := pushpop.prove(beat.topic, beat.id, beat.token);
+    if delivery is not null then
+      perform from pushpop.messages m
+      where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e')
+      for no key update skip locked;
+      if found then
+        perform from pushpop.leases l where l.topic = beat.topic and l.key = beat.token for update skip locked;
+        if found or not exists (select from pushpop.leases l where l.topic = beat.topic and l.key = beat.token) then
+          result := 'extended';
+          lease_until := pushpop.move_deadline(beat.topic, beat.id, delivery, beat.token, moment + beat.lease);
+        else
+          result := 'busy';
+        end if;
+      elsif exists (
+        select from pushpop.messages m
+        where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e'))
+      then
+        result := 'busy';
+      end if;
+    end if;
+    return next;
+  end loop;
+  if current_setting('synchronous_commit') = 'off' then
+    perform pushpop.make_durable();
+  end if;
 end
 $body$;
 

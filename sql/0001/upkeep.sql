@@ -23,7 +23,7 @@ begin
   loop
     stuck := false;
     for slot in
-      select u.id, u.fence
+      select u.id, u.fence, u.slot
       from unnest(lease.ids, lease.fences) with ordinality u(id, fence, slot)
       cross join lateral (
         select from pushpop.messages m
@@ -38,6 +38,11 @@ begin
       perform from pushpop.messages m where m.topic = reclaim.topic and m.id = slot.id for update skip locked;
       if not found then
         stuck := true;
+      elsif octet_length(lease.key) = 16 and exists (
+        select from pushpop.leases l
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(slot.slot::int2) || int4send(slot.fence))
+      then
+        null;  -- It was extended before it was locked here.
       elsif pushpop.give_back(reclaim.topic, slot.id, slot.fence, 'expire', moment, null, 'the lease expired') then
         count := count + 1;
       end if;

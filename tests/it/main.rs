@@ -6,6 +6,7 @@ mod audit;
 mod connect;
 mod contract;
 mod errors;
+mod heartbeat;
 #[cfg(feature = "json")]
 mod json;
 mod limits;
@@ -27,4 +28,5 @@ mod tidy;
 mod topics;
 mod transaction;
 mod wake;
+mod worker;
 mod world;
