@@ -9,7 +9,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::link::Call;
-use crate::message::{Message, State};
+use crate::message::{Failure, Message, State};
 use crate::schema::Schema;
 use crate::topic::Stats;
 
@@ -27,6 +27,10 @@ pub(crate) struct Calls {
     pub(crate) stats: Call,
     pub(crate) topics: Call,
     pub(crate) purge: Call,
+    pub(crate) dead: Call,
+    pub(crate) redrive: Call,
+    pub(crate) redrive_all: Call,
+    pub(crate) purge_dead: Call,
     pub(crate) upkeep: Call,
     pub(crate) upkeep_due: Call,
     pub(crate) listen: String,
@@ -36,12 +40,19 @@ pub(crate) struct Calls {
 const HEADERS: &str = "case when headers is not null then array(\
     select pg_catalog.unnest(array[h.key, h.value]) from pg_catalog.jsonb_each_text(headers) h) end";
 
+/// Failures likewise: attempt, microseconds since 1970, and error in turn.
+const FAILURES: &str = "case when failures is not null then array(\
+    select pg_catalog.unnest(array[f.attempt, pg_catalog.int8(pg_catalog.float8mul(\
+        pg_catalog.date_part('epoch', f.at), 1000000))::pg_catalog.text, f.error]) \
+    from pg_catalog.jsonb_to_recordset(failures) \
+        f(attempt pg_catalog.text, at pg_catalog.timestamptz, error pg_catalog.text)) end";
+
 impl Calls {
     pub(crate) fn new(schema: &Schema) -> Self {
         let call = |name, sql: &str, types: &'static [Type]| Call { name, sql: schema.localize(sql), types };
         let shown = format!(
             "select id, payload, {HEADERS}, state, attempt, max_attempts, fence, pushed_at, ready_at, \
-             lease_until, done_at, delete_at, last_error from pushpop."
+             lease_until, done_at, delete_at, {FAILURES} from pushpop."
         );
         Calls {
             push: call(
@@ -76,7 +87,7 @@ impl Calls {
                 "pop",
                 &format!(
                     "select id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, \
-                     pushed_at, ready_at, last_error from pushpop.pop($1, $2, $3)"
+                     pushed_at, ready_at, {FAILURES} from pushpop.pop($1, $2, $3)"
                 ),
                 &[Type::TEXT, Type::INT4, Type::FLOAT8],
             ),
@@ -122,6 +133,14 @@ impl Calls {
                 &[],
             ),
             purge: call("purge", "select pushpop.purge($1)", &[Type::TEXT]),
+            dead: call("dead", &format!("{shown}dead_letters($1, $2)"), &[Type::TEXT, Type::INT4]),
+            redrive: call("redrive", "select pushpop.redrive($1, $2)", &[Type::TEXT, Type::UUID_ARRAY]),
+            redrive_all: call(
+                "redrive_all",
+                "select redriven, until from pushpop.redrive_all($1, $2)",
+                &[Type::TEXT, Type::TIMESTAMPTZ],
+            ),
+            purge_dead: call("purge_dead", "select pushpop.purge_dead($1, $2)", &[Type::TEXT, Type::FLOAT8]),
             upkeep: call("upkeep", "select pushpop.upkeep($1)", &[Type::TEXT]),
             upkeep_due: call("upkeep_due", "select pushpop.upkeep_due()", &[]),
             listen: format!("listen {}", schema.identifier()),
@@ -156,7 +175,7 @@ impl Grant {
                 fence: row.try_get(7)?,
                 pushed_at: row.try_get(8)?,
                 ready_at: row.try_get(9)?,
-                last_error: row.try_get(10)?,
+                failures: failures(row.try_get(10)?),
             },
         })
     }
@@ -188,7 +207,7 @@ impl Message {
             fence: row.try_get(6)?,
             pushed_at: row.try_get(7)?,
             ready_at,
-            last_error: row.try_get(12)?,
+            failures: failures(row.try_get(12)?),
         })
     }
 }
@@ -218,6 +237,21 @@ fn headers(pairs: Option<Vec<String>>) -> BTreeMap<String, String> {
         map.insert(name, value);
     }
     map
+}
+
+fn failures(texts: Option<Vec<String>>) -> Vec<Failure> {
+    let mut failures = Vec::new();
+    let mut texts = texts.unwrap_or_default().into_iter();
+    while let (Some(attempt), Some(micros), Some(error)) = (texts.next(), texts.next(), texts.next()) {
+        let micros: i128 = micros.parse().unwrap_or_default();
+        failures.push(Failure {
+            attempt: attempt.parse().unwrap_or_default(),
+            at: OffsetDateTime::from_unix_timestamp_nanos(micros * 1000)
+                .unwrap_or(OffsetDateTime::UNIX_EPOCH),
+            error,
+        });
+    }
+    failures
 }
 
 fn count(n: i32) -> u32 {
@@ -266,7 +300,11 @@ pub(crate) enum Verb {
     Discard,
     Defer(f64),
     Release,
-    Fail(String),
+    /// Without a delay, after the backoff.
+    Fail {
+        why: String,
+        delay: Option<f64>,
+    },
     Extend(f64),
 }
 
@@ -278,7 +316,7 @@ impl Verb {
             Verb::Discard => "discard",
             Verb::Defer(_) => "defer",
             Verb::Release => "release",
-            Verb::Fail(_) => "fail",
+            Verb::Fail { .. } => "fail",
             Verb::Extend(_) => "extend",
         }
     }
@@ -286,13 +324,14 @@ impl Verb {
     pub(crate) fn delay(&self) -> Option<f64> {
         match self {
             Verb::Defer(seconds) | Verb::Extend(seconds) => Some(*seconds),
+            Verb::Fail { delay, .. } => *delay,
             _ => None,
         }
     }
 
     pub(crate) fn error(&self) -> Option<&str> {
         match self {
-            Verb::Fail(why) => Some(why),
+            Verb::Fail { why, .. } => Some(why),
             _ => None,
         }
     }

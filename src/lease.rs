@@ -110,8 +110,8 @@ impl Lease {
     }
 
     /// Ends the attempt as failed. The message is popped again after 1 s, doubling with each attempt
-    /// up to 1 h, less some jitter; or is dead if this was its last attempt. `why` becomes its
-    /// [`last_error`](Message::last_error), up to 8,192 characters.
+    /// up to 1 h, less some jitter; or is dead if this was its last attempt. `why`, up to 8,192
+    /// characters of it, is kept among its [`failures`](Message::failures).
     ///
     /// # Errors
     ///
@@ -119,7 +119,7 @@ impl Lease {
     #[doc(alias = "nack")]
     pub fn fail(self, why: impl fmt::Display) -> Result<(), SettleError> {
         let why = why.to_string().replace('\0', "\u{fffd}").chars().take(8192).collect();
-        self.settle(Verb::Fail(why))
+        self.settle(Verb::Fail { why, delay: None })
     }
 
     fn settle(self, verb: Verb) -> Result<(), SettleError> {

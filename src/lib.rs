@@ -153,10 +153,11 @@
 //! | payload | 16 MiB; up to 256 MiB by [`max_payload`](Builder::max_payload); may be empty |
 //! | headers of a message | 64, of 16 KiB together, no NUL |
 //! | messages and bytes in one [`push_many`](Queue::push_many) | 10,000 and 256 MiB |
-//! | messages in one [`pop_many`](Queue::pop_many) or [`peek`](Topic::peek) | 1 to 1,000 |
+//! | messages in one [`pop_many`](Queue::pop_many), [`peek`](Topic::peek) or [`dead`](Topic::dead) | 1 to 1,000 |
+//! | ids in one [`redrive`](Topic::redrive) | 10,000 |
 //! | delay | 250,000,000,000 s, about 7,900 years |
 //! | [`ready_at`](NewMessage::ready_at) | years 2 to 9998 |
-//! | [`last_error`](Message::last_error) | 8,192 characters; longer ones are cut |
+//! | [`failures`](Message::failures) of a message | the newest 10, of 8,192 characters each; longer ones are cut |
 //! | messages and bytes in one statement | 1,000 and 16 MiB, unless one call alone has more |
 //!
 //! # Which rights does it need?
@@ -236,6 +237,7 @@
 mod builder;
 mod calls;
 mod crew;
+mod dead;
 mod engine;
 mod error;
 mod flight;
@@ -258,7 +260,7 @@ mod upkeep;
 pub use builder::Builder;
 pub use error::{Error, ErrorKind, Result, SettleError};
 pub use lease::Lease;
-pub use message::{Message, NewMessage, State};
+pub use message::{Failure, Message, NewMessage, State};
 pub use observer::{Abandoned, Flight, LeaseLost, Observer, Popped, Pushed, Settled};
 pub use queue::{Iter, Queue};
 pub use topic::{Stats, Topic};

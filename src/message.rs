@@ -180,7 +180,32 @@ pub struct Message {
     pub(crate) fence: i64,
     pub(crate) pushed_at: OffsetDateTime,
     pub(crate) ready_at: OffsetDateTime,
-    pub(crate) last_error: Option<String>,
+    pub(crate) failures: Vec<Failure>,
+}
+
+/// An attempt at a message that failed, or whose lease expired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub(crate) attempt: u32,
+    pub(crate) at: OffsetDateTime,
+    pub(crate) error: String,
+}
+
+impl Failure {
+    /// The number of the attempt.
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// When it failed, by the server's clock; of a lease that expired, when that was noticed.
+    pub fn at(&self) -> OffsetDateTime {
+        self.at
+    }
+
+    /// What was said, up to 8,192 characters.
+    pub fn error(&self) -> &str {
+        &self.error
+    }
 }
 
 /// What has become of a message, as of the moment it was looked at.
@@ -296,7 +321,12 @@ impl Message {
 
     /// What was said when it failed last.
     pub fn last_error(&self) -> Option<&str> {
-        self.last_error.as_deref()
+        self.failures.last().map(Failure::error)
+    }
+
+    /// Its failures, oldest first: the newest ten.
+    pub fn failures(&self) -> &[Failure] {
+        &self.failures
     }
 }
 

@@ -23,6 +23,7 @@ const MIGRATIONS: &[Migration] = &[Migration {
         include_str!("../sql/0001/look.sql"),
         include_str!("../sql/0001/stats.sql"),
         include_str!("../sql/0001/upkeep.sql"),
+        include_str!("../sql/0001/dead.sql"),
         include_str!("../sql/0001/rights.sql"),
     ],
 }];

@@ -12,8 +12,19 @@ CREATE TYPE pushpop.message AS (
 	lease_until timestamp with time zone,
 	done_at timestamp with time zone,
 	delete_at timestamp with time zone,
-	last_error text
+	last_error text,
+	failures jsonb
 );
+CREATE FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) RETURNS jsonb
+    LANGUAGE sql STABLE
+    AS $$
+  select case when jsonb_array_length(failures) < 10 then failures
+              when failures is null then '[]' else failures - 0 end
+         || jsonb_build_array(jsonb_build_object(
+              'attempt', attempt,
+              'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+              'error', coalesce(left(error, 8192), '')))
+$$;
 CREATE FUNCTION pushpop.backoff(attempt integer) RETURNS double precision
     LANGUAGE sql
     AS $$
@@ -138,6 +149,45 @@ CREATE FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double p
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'complete', null, null, keep) $$;
+CREATE FUNCTION pushpop.dead_letters(topic text, max integer DEFAULT 100, before timestamp with time zone DEFAULT 'infinity'::timestamp with time zone, before_id uuid DEFAULT NULL::uuid) RETURNS SETOF pushpop.message
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(dead_letters.topic);
+  if max is null or max not between 1 and 1000 then
+    perform "pushpop".refuse(format('a look shows 1 to 1000 dead messages, not %s', coalesce(max::text, 'null')));
+  elsif before is null then
+    perform "pushpop".refuse('the time before which messages died is not null');
+  end if;
+  -- Those that died by a lease which ended just now belong to them.
+  if current_setting('transaction_read_only') = 'off' then
+    perform "pushpop".reclaim(dead_letters.topic, clock_timestamp(), 1000);
+  end if;
+  return query
+    select m.id, m.payload, m.headers, 'dead', m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at,
+           null::timestamptz, m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
+    from (
+      select d.id from "pushpop".dead d
+      where d.topic = dead_letters.topic
+        and (d.died_at, d.id) < (before, coalesce(before_id, '00000000-0000-0000-0000-000000000000'))
+      order by d.died_at desc, d.id desc limit max
+    ) d
+    cross join lateral (
+      select m.* from "pushpop".messages m where m.topic = dead_letters.topic and m.id = d.id offset 0
+    ) m;
+end
+$$;
 CREATE FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -194,7 +244,7 @@ begin
   -- neither has a lease that ended, and waits to be reclaimed.
   return query
     select m.id, m.payload, m.headers,
-           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state = 'z' then 'dead'
+           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
              when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,
@@ -202,7 +252,7 @@ begin
            m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
            case when l.lease_until > moment then l.lease_until end,
            coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
-           m.delete_at, m.last_error
+           m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from "pushpop".messages m
     left join lateral (
       select true as waiting from "pushpop".runs q
@@ -235,7 +285,8 @@ begin
                      when 'defer' then moment + delay * interval '1 second'
                      when 'fail' then moment + coalesce(delay, "pushpop".backoff(m.attempt + 1)) * interval '1 second'
                      else m.ready_at end,
-      last_error = case when outcome in ('fail', 'expire') then left(error, 8192) else m.last_error end
+      failures   = case when outcome in ('fail', 'expire') then "pushpop".add_failure(m.failures, m.attempt + 1, moment, error)
+                     else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
     and m.state in ('p', 'd', 'r', 'f', 'e')
   returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
@@ -244,7 +295,8 @@ begin
     return false;
   end if;
   if message.dead then
-    update "pushpop".messages m set state = 'z', done_at = moment
+    update "pushpop".messages m
+    set state = case outcome when 'expire' then 'y' else 'z' end::"char", done_at = moment
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
@@ -377,7 +429,7 @@ begin
   return query
     select m.id, m.payload, m.headers, case when m.ready_at > moment then 'delayed' else 'ready' end,
            m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
-           m.done_at, m.delete_at, m.last_error
+           m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
       select q.ids from "pushpop".runs q where q.topic = peek.topic and q.ready_at >= start
       order by q.ready_at, q.pushed_at, q.place, q.id limit max
@@ -389,7 +441,7 @@ begin
     limit max;
 end
 $$;
-CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text)
+CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -449,8 +501,8 @@ begin
     insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
     values (pop.topic, token, until, 1, taken.ids, taken.fences);
     select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
-           m.fence + 1, m.pushed_at, m.ready_at, m.last_error
-    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+           m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
+    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
     from "pushpop".messages m where m.topic = pop.topic and m.id = taken.ids[1];
     return next;
   else
@@ -464,10 +516,11 @@ begin
     return query
       select m.id, m.payload, m.headers,
              keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at,
+             m.failures -> -1 ->> 'error', m.failures
       from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
       cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.failures
         from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
       ) m;
   end if;
@@ -545,6 +598,55 @@ begin
     ) m));
   get diagnostics counted = row_count;
   delete from "pushpop".runs q where q.topic = purge.topic and q.ctid = any (whole);
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return counted;
+end
+$$;
+CREATE FUNCTION pushpop.purge_dead(topic text, age double precision DEFAULT 0, max integer DEFAULT 10000) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    AS $$
+#variable_conflict use_column
+declare
+  moment  timestamptz := clock_timestamp();
+  until   timestamptz;
+  ids     uuid[];
+  locked  tid[];
+  counted bigint;
+begin
+  perform "pushpop".check_topic(purge_dead.topic);
+  if (age >= 0 and age <= 250000000000) is not true then
+    perform "pushpop".refuse(format('an age has 0 to 250000000000 seconds, not %s', coalesce(age::text, 'null')));
+  elsif max is null or max not between 1 and 100000 then
+    perform "pushpop".refuse(format('a purge deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+  perform "pushpop".reclaim(purge_dead.topic, moment, 1000);
+  -- Nothing is older than a thousand years.
+  until := case when age < 31557600000 then moment - age * interval '1 second' else '-infinity' end;
+  select array_agg(d.id), array_agg(d.tid) into ids, locked
+  from (
+    select d.id, d.ctid as tid from "pushpop".dead d
+    where d.topic = purge_dead.topic and d.died_at <= until
+    order by d.died_at, d.id limit max for update skip locked
+  ) d;
+  delete from "pushpop".messages m
+  where m.topic = purge_dead.topic and m.state in ('z', 'y') and m.ctid = any (array(
+    select m.tid from unnest(ids) u(id)
+    cross join lateral (
+      select m.ctid as tid from "pushpop".messages m where m.topic = purge_dead.topic and m.id = u.id offset 0
+    ) m));
+  get diagnostics counted = row_count;
+  delete from "pushpop".dead d where d.topic = purge_dead.topic and d.ctid = any (locked);
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
   end if;
@@ -736,6 +838,80 @@ begin
   return count;
 end
 $$;
+CREATE FUNCTION pushpop.redrive(topic text, ids uuid[]) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  one    record;
+  letter tid;
+  locked tid[];
+  dead_ids uuid[];
+begin
+  perform "pushpop".check_topic(redrive.topic);
+  perform "pushpop".check_arrays(cardinality(ids), '{}');
+  perform "pushpop".reclaim(redrive.topic, clock_timestamp(), 1000);
+  for one in
+    select m.id, m.done_at from (select distinct u.id from unnest(ids) u(id)) u
+    cross join lateral (
+      select m.id, m.done_at from "pushpop".messages m
+      where m.topic = redrive.topic and m.id = u.id and m.state in ('z', 'y') offset 0
+    ) m
+    order by m.done_at, m.id
+  loop
+    select d.ctid into letter from "pushpop".dead d
+    where d.topic = redrive.topic and d.died_at = one.done_at and d.id = one.id for update;
+    if found then
+      locked := locked || letter;
+      dead_ids := dead_ids || one.id;
+    end if;
+  end loop;
+  return "pushpop".revive(redrive.topic, dead_ids, locked);
+end
+$$;
+CREATE FUNCTION pushpop.redrive_all(topic text, INOUT until timestamp with time zone DEFAULT NULL::timestamp with time zone, max integer DEFAULT 1000, OUT redriven bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  ids    uuid[];
+  locked tid[];
+begin
+  perform "pushpop".check_topic(redrive_all.topic);
+  if max is null or max not between 1 and 10000 then
+    perform "pushpop".refuse(format('1 to 10000 messages are redriven at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+  perform "pushpop".reclaim(redrive_all.topic, clock_timestamp(), 1000);
+  until := coalesce(until, clock_timestamp());
+  select array_agg(d.id), array_agg(d.tid) into ids, locked
+  from (
+    select d.id, d.ctid as tid from "pushpop".dead d
+    where d.topic = redrive_all.topic and d.died_at <= until
+    order by d.died_at, d.id limit max for update skip locked
+  ) d;
+  redriven := "pushpop".revive(redrive_all.topic, ids, locked);
+end
+$$;
 CREATE FUNCTION pushpop.refuse(what text) RETURNS void
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -747,6 +923,41 @@ CREATE FUNCTION pushpop.release(topic text, id uuid, token bytea) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'release', null, null, 0) $$;
+CREATE FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  stamped timestamptz;
+  counted bigint;
+begin
+  if locked is null then
+    return 0;
+  end if;
+  -- Stamped under the lock of a push, so that no mark can have passed it.
+  lock table "pushpop".messages in row exclusive mode;
+  stamped := clock_timestamp();
+  with revived as (
+    update "pushpop".messages m
+    set state = case m.state when 'y' then 'e' else 'f' end::"char", attempt = 0, done_at = null, ready_at = stamped
+    where m.topic = revive.topic and m.state in ('z', 'y') and m.ctid = any (array(
+      select m.tid from unnest(ids) u(id)
+      cross join lateral (
+        select m.ctid as tid from "pushpop".messages m where m.topic = revive.topic and m.id = u.id offset 0
+      ) m))
+    returning m.id, m.pushed_at, m.place, m.fence
+  )
+  insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+  select revive.topic, stamped, r.pushed_at, r.place, 1, r.fence, r.id, array[r.id] from revived r;
+  get diagnostics counted = row_count;
+  delete from "pushpop".dead d where d.topic = revive.topic and d.ctid = any (locked);
+  perform pg_notify('pushpop', revive.topic);
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return counted;
+end
+$$;
 CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) RETURNS record
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1379,7 +1590,7 @@ CREATE TABLE pushpop.messages (
     state "char" DEFAULT 'p'::"char" NOT NULL,
     id uuid NOT NULL,
     topic text NOT NULL COLLATE pg_catalog."C",
-    last_error text,
+    failures jsonb,
     headers jsonb,
     payload bytea NOT NULL
 )
@@ -1421,6 +1632,7 @@ ALTER TABLE ONLY pushpop.runs
 ALTER TABLE ONLY pushpop.topics
     ADD CONSTRAINT topics_pkey PRIMARY KEY (topic);
 CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until) WHERE (lease_until > '-infinity'::timestamp with time zone);
+REVOKE ALL ON FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.backoff(attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
@@ -1431,6 +1643,7 @@ REVOKE ALL ON FUNCTION pushpop.check_push(delay double precision, ready_at times
 REVOKE ALL ON FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.dead_letters(topic text, max integer, before timestamp with time zone, before_id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
@@ -1447,11 +1660,15 @@ REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.prove(topic text, id uuid, token bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.purge_dead(topic text, age double precision, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.redrive(topic text, ids uuid[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.redrive_all(topic text, INOUT until timestamp with time zone, max integer, OUT redriven bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.refuse(what text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.release(topic text, id uuid, token bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;

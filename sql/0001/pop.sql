@@ -23,7 +23,8 @@ create function pushpop.pop(
   fence        bigint,
   pushed_at    timestamptz,
   ready_at     timestamptz,
-  last_error   text
+  last_error   text,
+  failures     jsonb
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -87,8 +88,8 @@ begin
     insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
     values (pop.topic, token, until, 1, taken.ids, taken.fences);
     select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
-           m.fence + 1, m.pushed_at, m.ready_at, m.last_error
-    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+           m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
+    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
     from pushpop.messages m where m.topic = pop.topic and m.id = taken.ids[1];
     return next;
   else
@@ -102,10 +103,11 @@ begin
     return query
       select m.id, m.payload, m.headers,
              keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at,
+             m.failures -> -1 ->> 'error', m.failures
       from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
       cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.failures
         from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
       ) m;
   end if;

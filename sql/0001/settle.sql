@@ -296,7 +296,8 @@ begin
                      when 'defer' then moment + delay * interval '1 second'
                      when 'fail' then moment + coalesce(delay, pushpop.backoff(m.attempt + 1)) * interval '1 second'
                      else m.ready_at end,
-      last_error = case when outcome in ('fail', 'expire') then left(error, 8192) else m.last_error end
+      failures   = case when outcome in ('fail', 'expire') then pushpop.add_failure(m.failures, m.attempt + 1, moment, error)
+                     else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
     and m.state in ('p', 'd', 'r', 'f', 'e')
   returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
@@ -306,7 +307,8 @@ begin
   end if;
 
   if message.dead then
-    update pushpop.messages m set state = 'z', done_at = moment
+    update pushpop.messages m
+    set state = case outcome when 'expire' then 'y' else 'z' end::"char", done_at = moment
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
@@ -319,6 +321,18 @@ begin
   end if;
   return true;
 end
+$body$;
+
+-- A history of failures with one more, which keeps the newest ten.
+create function pushpop.add_failure(failures jsonb, attempt integer, moment timestamptz, error text) returns jsonb
+language sql stable
+as $body$
+  select case when jsonb_array_length(failures) < 10 then failures
+              when failures is null then '[]' else failures - 0 end
+         || jsonb_build_array(jsonb_build_object(
+              'attempt', attempt,
+              'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+              'error', coalesce(left(error, 8192), '')))
 $body$;
 
 -- Gives a lease a row of its own with a later end; returns that, or null if the lease is over.

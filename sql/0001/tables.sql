@@ -15,10 +15,11 @@ create table pushpop.messages (
   attempt      integer not null default 0,   -- attempts that are over; defer and release give theirs back
   place        integer not null,             -- among the messages pushed by the same statement
   max_attempts smallint,                     -- null: without end
-  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded, z dead
+  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded;
+                                             -- dead: z by a failure, y by an expired lease
   id           uuid not null,
   topic        text collate "C" not null,
-  last_error   text,
+  failures     jsonb,                        -- the newest ten, oldest first; null: it never failed
   headers      jsonb,
   payload      bytea not null,
 
@@ -81,7 +82,7 @@ create table pushpop.history (
 
 alter table pushpop.history alter column ids set storage plain;
 
--- Dead letters, newest last.
+-- Dead letters, newest last. A row is there as long as its message is dead.
 create table pushpop.dead (
   topic   text collate "C" not null,
   died_at timestamptz not null,

@@ -242,6 +242,19 @@ fn sql_has_the_same_limits() {
         ("1 to 100000", "upkeep('t', 0)".to_owned()),
         ("1 to 255 bytes", "purge('')".to_owned()),
         ("1 to 100000", "purge('t', null)".to_owned()),
+        ("1 to 255 bytes", "dead_letters('')".to_owned()),
+        ("1 to 1000", "dead_letters('t', 0)".to_owned()),
+        ("not null", "dead_letters('t', before => null)".to_owned()),
+        ("1 to 255 bytes", format!("redrive('', {ids})")),
+        ("1 to 10000", "redrive('t', '{}')".to_owned()),
+        ("1 to 10000", "redrive('t', null)".to_owned()),
+        ("1 to 255 bytes", "redrive_all('')".to_owned()),
+        ("1 to 10000", "redrive_all('t', max => 10001)".to_owned()),
+        ("1 to 255 bytes", "purge_dead('')".to_owned()),
+        ("seconds", "purge_dead('t', -1)".to_owned()),
+        ("seconds", "purge_dead('t', 'NaN')".to_owned()),
+        ("seconds", "purge_dead('t', null)".to_owned()),
+        ("1 to 100000", "purge_dead('t', 0, 0)".to_owned()),
     ];
     let wrong: Vec<String> = calls
         .iter()

@@ -5,6 +5,7 @@
 mod audit;
 mod connect;
 mod contract;
+mod dead;
 mod errors;
 #[cfg(feature = "json")]
 mod json;

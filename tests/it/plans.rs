@@ -72,6 +72,9 @@ fn assert_all_few(world: &World) {
         ("wait_for", "select from pushpop.wait_for('t')"),
         ("peek", "select from pushpop.peek('t', 10)"),
         ("upkeep", "select from pushpop.upkeep('t')"),
+        ("dead_letters", "select from pushpop.dead_letters('t', 10)"),
+        ("redrive_all", "select from pushpop.redrive_all('t', max => 1)"),
+        ("purge_dead", "select from pushpop.purge_dead('t', max => 1)"),
         (
             "settle of one",
             "with p as materialized (select id, token from pushpop.pop('t')) select pushpop.complete('t', p.id, p.token) from p",
