@@ -1,7 +1,7 @@
 //! The functions of the schema, as this crate calls them: their SQL, and the rows they return.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use postgres::Row;
 use postgres::types::Type;
@@ -31,6 +31,12 @@ pub(crate) struct Calls {
     pub(crate) redrive: Call,
     pub(crate) redrive_all: Call,
     pub(crate) purge_dead: Call,
+    pub(crate) pause: Call,
+    pub(crate) resume: Call,
+    pub(crate) set_topic: Call,
+    pub(crate) topic_settings: Call,
+    pub(crate) cancel: Call,
+    pub(crate) reschedule: Call,
     pub(crate) upkeep: Call,
     pub(crate) upkeep_due: Call,
     pub(crate) listen: String,
@@ -57,7 +63,7 @@ impl Calls {
         Calls {
             push: call(
                 "push",
-                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::pg_catalog.text::pg_catalog.jsonb, $7, $8)",
+                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::pg_catalog.text::pg_catalog.jsonb, $7, $8, $9)",
                 &[
                     Type::TEXT,
                     Type::BYTEA,
@@ -67,11 +73,12 @@ impl Calls {
                     Type::TEXT,
                     Type::INT4,
                     Type::UUID,
+                    Type::INT4,
                 ],
             ),
             push_many: call(
                 "push_many",
-                "select pushpop.push_many($1, $2, $3, $4, $5, $6::pg_catalog.text[]::pg_catalog.jsonb[], $7, $8)",
+                "select pushpop.push_many($1, $2, $3, $4, $5, $6::pg_catalog.text[]::pg_catalog.jsonb[], $7, $8, $9)",
                 &[
                     Type::TEXT,
                     Type::UUID_ARRAY,
@@ -81,15 +88,17 @@ impl Calls {
                     Type::TEXT_ARRAY,
                     Type::INT4_ARRAY,
                     Type::UUID,
+                    Type::INT4,
                 ],
             ),
             pop: call(
                 "pop",
                 &format!(
                     "select id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, \
-                     pushed_at, ready_at, {FAILURES} from pushpop.pop($1, $2, $3)"
+                     pushed_at, ready_at, {FAILURES}, pg_catalog.statement_timestamp() \
+                     from pushpop.pop($1, $2, $3, $4)"
                 ),
-                &[Type::TEXT, Type::INT4, Type::FLOAT8],
+                &[Type::TEXT, Type::INT4, Type::FLOAT8, Type::FLOAT8],
             ),
             wait_for: call(
                 "wait_for",
@@ -123,12 +132,12 @@ impl Calls {
             peek: call("peek", &format!("{shown}peek($1, $2)"), &[Type::TEXT, Type::INT4]),
             stats: call(
                 "stats",
-                "select $1, at, ready, delayed, leased, settled, dead, oldest_ready_at from pushpop.stats($1)",
+                "select $1, at, ready, delayed, leased, settled, dead, oldest_ready_at, paused from pushpop.stats($1)",
                 &[Type::TEXT],
             ),
             topics: call(
                 "topics",
-                "select n.topic, s.at, s.ready, s.delayed, s.leased, s.settled, s.dead, s.oldest_ready_at \
+                "select n.topic, s.at, s.ready, s.delayed, s.leased, s.settled, s.dead, s.oldest_ready_at, s.paused \
                  from pushpop.topic_names() n(topic), pushpop.stats(n.topic) s",
                 &[],
             ),
@@ -141,6 +150,28 @@ impl Calls {
                 &[Type::TEXT, Type::TIMESTAMPTZ],
             ),
             purge_dead: call("purge_dead", "select pushpop.purge_dead($1, $2)", &[Type::TEXT, Type::FLOAT8]),
+            pause: call("pause", "select pushpop.pause($1)", &[Type::TEXT]),
+            resume: call("resume", "select pushpop.resume($1)", &[Type::TEXT]),
+            set_topic: call(
+                "set",
+                "select pushpop.set_topic($1, $2, $3, $4, $5)",
+                &[Type::TEXT, Type::FLOAT8, Type::INT4, Type::FLOAT8, Type::FLOAT8],
+            ),
+            topic_settings: call(
+                "settings",
+                "select lease, max_attempts, backoff_first, backoff_most from pushpop.topic_settings($1)",
+                &[Type::TEXT],
+            ),
+            cancel: call(
+                "cancel",
+                "select pushpop.cancel($1, $2, $3)",
+                &[Type::TEXT, Type::UUID, Type::FLOAT8],
+            ),
+            reschedule: call(
+                "reschedule",
+                "select pushpop.reschedule($1, $2, $3, $4)",
+                &[Type::TEXT, Type::UUID, Type::FLOAT8, Type::TIMESTAMPTZ],
+            ),
             upkeep: call("upkeep", "select pushpop.upkeep($1)", &[Type::TEXT]),
             upkeep_due: call("upkeep_due", "select pushpop.upkeep_due()", &[]),
             listen: format!("listen {}", schema.identifier()),
@@ -153,15 +184,18 @@ pub(crate) struct Grant {
     pub(crate) message: Message,
     pub(crate) token: Vec<u8>,
     pub(crate) lease_until: OffsetDateTime,
-    /// When the pop was sent, by the local clock: the lease began no earlier.
+    /// When the pop was sent, by the local clock.
     pub(crate) asked: Instant,
+    /// From when its statement began, which was later, until the lease ends.
+    pub(crate) lease: Duration,
 }
 
 impl Grant {
     pub(crate) fn read(topic: &str, row: &Row, asked: Instant) -> Result<Self, postgres::Error> {
-        let lease_until = row.try_get(4)?;
+        let (lease_until, began): (OffsetDateTime, OffsetDateTime) = (row.try_get(4)?, row.try_get(11)?);
         Ok(Grant {
             asked,
+            lease: (lease_until - began).try_into().unwrap_or_default(),
             token: row.try_get(3)?,
             lease_until,
             message: Message {
@@ -226,6 +260,7 @@ impl Stats {
             settled: figure(5)?,
             dead: figure(6)?,
             oldest_ready_at: row.try_get(7)?,
+            paused: row.try_get(8)?,
         })
     }
 }

@@ -59,7 +59,7 @@ impl Flight<'_> {
     fn push_together(&mut self, jobs: &[PushJob]) -> Result<Vec<Vec<bool>>> {
         let messages: Vec<&NewMessage> = jobs.iter().flat_map(|job| &job.messages).collect();
         let topic = self.topic;
-        let default = self.engine.settings.max_attempts;
+        let fallback = self.engine.settings.max_attempts;
         let sender = Some(self.engine.client);
         let mut duplicates = vec![false; messages.len()];
         if let [message] = messages[..] {
@@ -73,14 +73,15 @@ impl Flight<'_> {
                     &delay,
                     &ready_at,
                     &headers_json(&message.headers),
-                    &message.max_attempts.or(default),
+                    &message.max_attempts.wanted(),
                     &sender,
+                    &fallback,
                 ],
             )?;
             duplicates[0] = rows.first().is_some_and(|row| row.get(1));
         } else {
-            let batch = Batch::new(&messages, default);
-            for row in self.run(|calls| &calls.push_many, &batch.params(&topic, &sender))? {
+            let batch = Batch::new(&messages);
+            for row in self.run(|calls| &calls.push_many, &batch.params(&topic, &sender, &fallback))? {
                 put(&mut duplicates, row.get(0), true);
             }
         }
@@ -148,8 +149,10 @@ impl Flight<'_> {
         let asked: usize = pops.jobs.iter().map(|job| job.max).sum();
         let asked = i32::try_from(asked.min(crate::limits::FLIGHT_ROWS)).unwrap_or(1);
         let topic = self.topic;
+        let lease = pops.lease.map(|lease| lease.as_secs_f64());
+        let fallback = self.engine.settings.lease.as_secs_f64();
         let sent = Instant::now();
-        let rows = self.run(|calls| &calls.pop, &[&topic, &asked, &pops.lease.as_secs_f64()])?;
+        let rows = self.run(|calls| &calls.pop, &[&topic, &asked, &lease, &fallback])?;
         let mut grants = rows
             .iter()
             .map(|row| Grant::read(self.topic, row, sent).map_err(Error::from))
@@ -285,9 +288,9 @@ pub(crate) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    pub(crate) fn new(messages: &[&'a NewMessage], default: Option<u16>) -> Self {
+    pub(crate) fn new(messages: &[&'a NewMessage]) -> Self {
         let due = || messages.iter().map(|m| m.due());
-        let max_attempts: Vec<Option<i32>> = messages.iter().map(|m| m.max_attempts.or(default)).collect();
+        let max_attempts: Vec<Option<i32>> = messages.iter().map(|m| m.max_attempts.wanted()).collect();
         let headers: Vec<Option<String>> = messages.iter().map(|m| headers_json(&m.headers)).collect();
         Batch {
             ids: messages.iter().map(|m| m.id).collect(),
@@ -295,8 +298,7 @@ impl<'a> Batch<'a> {
             delays: due().any(|d| d.0.is_some()).then(|| due().map(|d| d.0).collect()),
             ready_ats: due().any(|d| d.1.is_some()).then(|| due().map(|d| d.1).collect()),
             headers: headers.iter().any(Option::is_some).then_some(headers),
-            // 25 is what the functions of the schema take for granted.
-            max_attempts: max_attempts.iter().any(|m| *m != Some(25)).then_some(max_attempts),
+            max_attempts: max_attempts.iter().any(Option::is_some).then_some(max_attempts),
         }
     }
 
@@ -304,7 +306,8 @@ impl<'a> Batch<'a> {
         &'p self,
         topic: &'p &str,
         sender: &'p Option<Uuid>,
-    ) -> [&'p (dyn ToSql + Sync); 8] {
+        fallback: &'p i32,
+    ) -> [&'p (dyn ToSql + Sync); 9] {
         [
             topic,
             &self.ids,
@@ -314,6 +317,7 @@ impl<'a> Batch<'a> {
             &self.headers,
             &self.max_attempts,
             sender,
+            fallback,
         ]
     }
 }
@@ -330,11 +334,12 @@ impl Due {
 }
 
 impl Attempts {
-    pub(crate) fn or(self, default: Option<u16>) -> Option<i32> {
+    /// As the functions of the schema take it.
+    pub(crate) fn wanted(self) -> Option<i32> {
         match self {
-            Attempts::Default => default.map(i32::from),
+            Attempts::Default => None,
             Attempts::AtMost(most) => Some(i32::from(most)),
-            Attempts::Unlimited => None,
+            Attempts::Unlimited => Some(0),
         }
     }
 }

@@ -66,6 +66,15 @@ pub(crate) fn age(age: Duration) -> Result<()> {
     check(age <= DELAY, || format!("an age has at most {} seconds, not {}", DELAY.as_secs(), age.as_secs()))
 }
 
+pub(crate) fn backoff(first: Duration, most: Duration) -> Result<()> {
+    check(first <= most && most <= DELAY, || {
+        format!(
+            "a backoff begins with no more than its most, {most:?}, and has at most {} s",
+            DELAY.as_secs()
+        )
+    })
+}
+
 pub(crate) fn ready_at(at: OffsetDateTime) -> Result<()> {
     let year = at.to_offset(time::UtcOffset::UTC).year();
     check((2..=9998).contains(&year), || {

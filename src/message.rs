@@ -46,7 +46,7 @@ pub(crate) enum Due {
 /// How often a message is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Attempts {
-    /// As the queue says.
+    /// As the topic or the queue says.
     Default,
     AtMost(u16),
     Unlimited,
@@ -110,7 +110,8 @@ impl NewMessage {
     }
 
     /// Says how often the message is tried before it is dead: 1 to 32,767, or `None` for no
-    /// limit. Default: what the queue says, which is 25 unless it was told otherwise.
+    /// limit. Default: what the [topic](crate::Topic::set) says, else the
+    /// [queue](crate::Builder::max_attempts), which says 25 unless it was told otherwise.
     pub fn max_attempts(mut self, most: impl Into<Option<u16>>) -> Self {
         self.max_attempts = match most.into() {
             Some(most) => Attempts::AtMost(most),

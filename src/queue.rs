@@ -39,7 +39,8 @@ use crate::slot::{Slot, Waited};
 #[derive(Clone)]
 pub struct Queue {
     pub(crate) handle: Arc<Handle>,
-    pub(crate) lease: Duration,
+    /// That of its pops; `None`: as the topic or the builder says.
+    pub(crate) lease: Option<Duration>,
 }
 
 /// The engine, as long as somebody holds a queue or a lease.
@@ -92,8 +93,8 @@ impl Queue {
         Builder::default()
     }
 
-    /// The same queue with another length of lease, for all forms of pop: 1 s to 24 h. A length
-    /// outside these limits is refused by the pop.
+    /// The same queue with another length of lease, for all forms of pop: 1 s to 24 h. It goes before
+    /// what the topic says. A length outside these limits is refused by the pop.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -106,7 +107,7 @@ impl Queue {
     #[must_use]
     #[doc(alias = "visibility")]
     pub fn with_lease(&self, lease: Duration) -> Queue {
-        Queue { handle: Arc::clone(&self.handle), lease }
+        Queue { handle: Arc::clone(&self.handle), lease: Some(lease) }
     }
 
     /// Ends waiting pops with [`Closed`](crate::ErrorKind::Closed), and iterators. Afterwards pushes,
@@ -250,7 +251,7 @@ impl Queue {
         let during = |e: Error| e.during("push", Some(topic));
         limits::topic(topic).map_err(during)?;
         self.check_messages(std::slice::from_ref(&message)).map_err(during)?;
-        let default = self.engine().settings.max_attempts;
+        let fallback = self.engine().settings.max_attempts;
         let (delay, ready_at) = message.due();
         self.engine()
             .calls
@@ -264,8 +265,9 @@ impl Queue {
                     &delay,
                     &ready_at,
                     &crate::calls::headers_json(&message.headers),
-                    &message.max_attempts.or(default),
+                    &message.max_attempts.wanted(),
                     &None::<Uuid>,
+                    &fallback,
                 ],
             )
             .map_err(during)?;
@@ -346,7 +348,7 @@ impl Queue {
 
     fn ask(&self, topic: &str, max: usize, waits: bool) -> Result<Arc<Slot<Vec<Grant>>>> {
         limits::topic(topic)?;
-        limits::lease(self.lease)?;
+        self.lease.map_or(Ok(()), limits::lease)?;
         limits::batch(max)?;
         let slot = Arc::new(Slot::new());
         self.engine().pop(topic, PopJob { max, lease: self.lease, waits, slot: Arc::clone(&slot) })?;
@@ -354,7 +356,7 @@ impl Queue {
     }
 
     fn leases(&self, grants: Vec<Grant>) -> Vec<Lease> {
-        grants.into_iter().map(|grant| Lease::new(&self.handle, grant, self.lease)).collect()
+        grants.into_iter().map(|grant| Lease::new(&self.handle, grant)).collect()
     }
 
     /// Pops messages one after the other, waiting for each; ends when the queue is closed.

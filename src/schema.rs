@@ -24,6 +24,7 @@ const MIGRATIONS: &[Migration] = &[Migration {
         include_str!("../sql/0001/stats.sql"),
         include_str!("../sql/0001/upkeep.sql"),
         include_str!("../sql/0001/dead.sql"),
+        include_str!("../sql/0001/control.sql"),
         include_str!("../sql/0001/rights.sql"),
     ],
 }];

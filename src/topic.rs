@@ -1,5 +1,7 @@
 //! The operator's side of a topic.
 
+use std::time::Duration;
+
 use postgres::Row;
 use postgres::types::ToSql;
 use time::OffsetDateTime;
@@ -11,7 +13,7 @@ use crate::link::Call;
 use crate::message::Message;
 use crate::queue::Queue;
 
-/// One topic, as its operator sees it: figures, a look at what waits, dead letters, a purge.
+/// One topic, as its operator sees it: figures, a look at what waits, its settings, dead letters, a purge.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), pushpop_pg::Error> {
@@ -41,6 +43,7 @@ pub struct Stats {
     pub(crate) settled: u64,
     pub(crate) dead: u64,
     pub(crate) oldest_ready_at: Option<OffsetDateTime>,
+    pub(crate) paused: bool,
 }
 
 impl Stats {
@@ -81,8 +84,13 @@ impl Stats {
     }
 
     /// How long the oldest ready message could have been popped.
-    pub fn oldest_ready_age(&self) -> Option<std::time::Duration> {
+    pub fn oldest_ready_age(&self) -> Option<Duration> {
         self.oldest_ready_at.map(|since| (self.at - since).try_into().unwrap_or_default())
+    }
+
+    /// Whether the topic is [paused](Topic::pause). Its ready messages may be popped once it is resumed.
+    pub fn paused(&self) -> bool {
+        self.paused
     }
 }
 
@@ -92,7 +100,8 @@ impl Queue {
         Topic { queue: self, name }
     }
 
-    /// The figures of all topics in which a message is stored, in the order of their names.
+    /// The figures of all topics in which a message is stored, or that have settings, in the order of
+    /// their names.
     ///
     /// Its cost grows with the number of topics.
     ///
@@ -153,6 +162,10 @@ impl Topic<'_> {
     /// Those of [`stats`](Self::stats).
     pub fn purge(&self) -> Result<u64> {
         self.in_steps(|| self.ask(|calls| &calls.purge, vec![], count))
+    }
+
+    pub(crate) fn keep_settled(&self) -> Duration {
+        self.queue.engine().settings.keep_settled
     }
 
     /// Asks for up to `max` messages.

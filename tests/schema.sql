@@ -25,10 +25,12 @@ CREATE FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment time
               'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
               'error', coalesce(left(error, 8192), '')))
 $$;
-CREATE FUNCTION pushpop.backoff(attempt integer) RETURNS double precision
+CREATE FUNCTION pushpop.backoff(topic text, attempt integer) RETURNS double precision
     LANGUAGE sql
     AS $$
-  select least(3600, power(2, least(backoff.attempt - 1, 12))) * (1 - 0.25 * random())
+  select least(coalesce(t.backoff_most, 3600), coalesce(t.backoff_first, 1) * power(2, least(backoff.attempt - 1, 100)))
+         * (1 - 0.25 * random())
+  from (select) one left join "pushpop".topics t on t.topic = backoff.topic
 $$;
 CREATE FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) RETURNS boolean
     LANGUAGE plpgsql
@@ -51,6 +53,45 @@ CREATE FUNCTION pushpop.bottom(topic text) RETURNS timestamp with time zone
     (select b.ready_at from "pushpop".behind b where b.topic = bottom.topic order by b.ready_at, b.id limit 1)
   ), '-infinity')
 $$;
+CREATE FUNCTION pushpop.cancel(topic text, id uuid, keep double precision DEFAULT 3600) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz;
+begin
+  perform "pushpop".check_topic(cancel.topic), "pushpop".check_keep(keep);
+  if ("pushpop".take_waiting(cancel.topic, cancel.id)).fence is null then
+    perform from "pushpop".messages m where m.topic = cancel.topic and m.id = cancel.id and m.state = 'k';
+    return found;
+  end if;
+  moment := clock_timestamp();
+  if keep > 0 then
+    update "pushpop".messages m
+    set state = 'k', done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = cancel.topic and m.id = cancel.id;
+    insert into "pushpop".history (topic, delete_at, id, n, ids)
+    values (cancel.topic, moment + keep * interval '1 second', cancel.id, 1, array[cancel.id]);
+  else
+    delete from "pushpop".messages m where m.topic = cancel.topic and m.id = cancel.id;
+  end if;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return true;
+end
+$$;
 CREATE FUNCTION pushpop.check_arrays(wanted integer, others integer[]) RETURNS void
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -59,6 +100,15 @@ begin
     perform "pushpop".refuse(format('a batch has 1 to 10000 elements, not %s', coalesce(wanted, 0)));
   elsif not (wanted = all (array_remove(others, null))) then
     perform "pushpop".refuse('the arrays of a batch have the same length');
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_attempts(attempts integer) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if attempts not between 0 and 32767 then
+    perform "pushpop".refuse(format('a message has 1 to 32767 attempts, or 0 for no limit, not %s', attempts));
   end if;
 end
 $$;
@@ -79,6 +129,15 @@ begin
     perform "pushpop".refuse(format('a message has at most 64 headers, not %s', entries));
   elsif bytes > 16384 then
     perform "pushpop".refuse(format('the headers of a message have at most 16384 bytes, not %s', bytes));
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_keep(keep double precision) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if (keep >= 0 and keep <= 250000000000) is not true then
+    perform "pushpop".refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
   end if;
 end
 $$;
@@ -108,9 +167,8 @@ begin
     perform "pushpop".refuse(format('a message is ready between the years 1 and 9999, not at %s', ready_at));
   elsif delay is not null and ready_at is not null then
     perform "pushpop".refuse('a message has a delay or a time, not both');
-  elsif max_attempts not between 1 and 32767 then
-    perform "pushpop".refuse(format('a message has 1 to 32767 attempts, or null for no limit, not %s', max_attempts));
   end if;
+  perform "pushpop".check_attempts(max_attempts);
   if headers is not null then
     perform "pushpop".check_headers(headers);
   end if;
@@ -122,10 +180,9 @@ CREATE FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[]
 begin
   perform "pushpop".check_arrays(cardinality(ids), array[coalesce(cardinality(tokens), 0), coalesce(cardinality(outcomes), 0),
                                                        cardinality(delays), cardinality(errors)]);
+  perform "pushpop".check_keep(keep);
   if not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
     perform "pushpop".refuse('an outcome is one of complete, discard, defer, release, fail, extend');
-  elsif keep is null or not (keep >= 0 and keep <= 250000000000) then
-    perform "pushpop".refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
   elsif outcomes && '{defer,fail,extend}' then
     perform "pushpop".refuse(format('a delay has 0 to 250000000000 seconds, not %s', coalesce(u.delay::text, 'null')))
     from unnest(outcomes, delays) u(outcome, delay)
@@ -244,7 +301,8 @@ begin
   -- neither has a lease that ended, and waits to be reclaimed.
   return query
     select m.id, m.payload, m.headers,
-           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state in ('z', 'y') then 'dead'
+           case when m.state = 'c' then 'completed' when m.state in ('x', 'k') then 'discarded'
+             when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
              when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,
@@ -283,7 +341,7 @@ begin
       attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
       ready_at   = case outcome
                      when 'defer' then moment + delay * interval '1 second'
-                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(m.attempt + 1)) * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(give_back.topic, m.attempt + 1)) * interval '1 second'
                      else m.ready_at end,
       failures   = case when outcome in ('fail', 'expire') then "pushpop".add_failure(m.failures, m.attempt + 1, moment, error)
                      else m.failures end
@@ -332,7 +390,12 @@ CREATE TABLE pushpop.topics (
     deleted_to timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
     cleared_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
     wanted_until timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
-    wanted_by uuid
+    wanted_by uuid,
+    paused boolean DEFAULT false NOT NULL,
+    lease interval,
+    max_attempts smallint,
+    backoff_first double precision,
+    backoff_most double precision
 )
 WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.2', autovacuum_vacuum_threshold='200');
 CREATE FUNCTION pushpop.lock_topic(topic text) RETURNS pushpop.topics
@@ -409,6 +472,22 @@ begin
   where t.topic = note_look.topic;
 end
 $$;
+CREATE FUNCTION pushpop.pause(topic text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(pause.topic);
+  perform "pushpop".lock_topic(pause.topic);
+  insert into "pushpop".topics as t (topic, paused) values (pause.topic, true)
+  on conflict (topic) do update set paused = true;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
+$$;
 CREATE FUNCTION pushpop.peek(topic text, max integer DEFAULT 10) RETURNS SETOF pushpop.message
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -441,7 +520,7 @@ begin
     limit max;
 end
 $$;
-CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
+CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT NULL::double precision, fallback double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -464,20 +543,22 @@ declare
   n      integer;
   keys   bytea[];
 begin
-  if octet_length(pop.topic) between 1 and 255 is not true then
-    perform "pushpop".check_topic(pop.topic);
+  if (octet_length(pop.topic) between 1 and 255 and coalesce(lease, 1) between 1 and 86400
+      and fallback between 1 and 86400) is not true then
+    perform "pushpop".check_topic(pop.topic), "pushpop".lease_interval(coalesce(lease, 1)), "pushpop".lease_interval(fallback);
   end if;
   if max is null or max not between 1 and 1000 then
     perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  until := moment + case when lease between 1 and 86400 then lease * interval '1 second'
-                         else "pushpop".lease_interval(lease) end;
-  select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
-  if not found or known.looked_at not between moment - interval '1 second' and moment then
+  select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
+  if known.paused then
+    return;
+  elsif not found or known.looked_at not between moment - interval '1 second' and moment then
     perform "pushpop".reclaim(pop.topic, moment, 1000);
     perform "pushpop".note_look(pop.topic, moment);
-    select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
+    select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
   end if;
+  until := moment + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   start := coalesce(known.low, '-infinity');
   taken := "pushpop".take_runs(pop.topic, start, moment, max);
   -- Nothing there: look at everything, first at what lies behind the mark.
@@ -653,7 +734,7 @@ begin
   return counted;
 end
 $$;
-CREATE FUNCTION pushpop.push(topic text, payload bytea, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT 25, sender uuid DEFAULT NULL::uuid, OUT pushed uuid, OUT duplicate boolean) RETURNS record
+CREATE FUNCTION pushpop.push(topic text, payload bytea, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT NULL::integer, sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25, OUT pushed uuid, OUT duplicate boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
@@ -667,15 +748,17 @@ begin
   if (octet_length(push.topic) between 1 and 255 and octet_length(push.payload) <= 16777216) is not true then
     perform "pushpop".check_topic(push.topic), "pushpop".check_payload(push.payload);
   end if;
-  if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
-    perform "pushpop".check_push(delay, ready_at, headers, max_attempts);
+  if delay is not null or ready_at is not null or headers is not null or max_attempts is not null or fallback is distinct from 25 then
+    perform "pushpop".check_push(delay, ready_at, headers, max_attempts), "pushpop".check_attempts(fallback);
   end if;
   pushed := coalesce(push.id, "pushpop".new_id());
+  select t.wanted_until, t.wanted_by, t.max_attempts into known from "pushpop".topics t where t.topic = push.topic;
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
   due := coalesce(push.ready_at, stamped + coalesce(push.delay, 0) * interval '1 second');
   insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
-  values (push.topic, pushed, push.payload, push.headers, push.max_attempts, 1, stamped, due)
+  values (push.topic, pushed, push.payload, push.headers,
+          nullif(coalesce(push.max_attempts, known.max_attempts, push.fallback), 0), 1, stamped, due)
   on conflict (topic, id) do nothing;
   duplicate := not found;
   if duplicate then
@@ -686,7 +769,6 @@ begin
     if push.ready_at is not null and due <= stamped then
       insert into "pushpop".behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
     end if;
-    select t.wanted_until, t.wanted_by into known from "pushpop".topics t where t.topic = push.topic;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push.topic);
     end if;
@@ -696,7 +778,7 @@ begin
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid) RETURNS SETOF integer
+CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25) RETURNS SETOF integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
@@ -709,8 +791,9 @@ declare
   places  integer[];  -- of those that were stored; null: all
   stamped timestamptz;
   known   record;
+  most    integer;    -- attempts of a message that does not say
 begin
-  perform "pushpop".check_topic(push_many.topic);
+  perform "pushpop".check_topic(push_many.topic), "pushpop".check_attempts(fallback);
   perform "pushpop".check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
                                              cardinality(headers), cardinality(max_attempts)]);
   if array_position(ids, null) is not null then
@@ -722,6 +805,8 @@ begin
     perform "pushpop".check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
   end if;
+  select t.wanted_until, t.wanted_by, t.max_attempts into known from "pushpop".topics t where t.topic = push_many.topic;
+  most := coalesce(known.max_attempts, fallback);
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
   -- In the order of the ids, so that two batches with the same ones cannot deadlock. Looking for
@@ -729,12 +814,12 @@ begin
   begin
     if simple then
       insert into "pushpop".messages (topic, id, payload, max_attempts, place, pushed_at, ready_at)
-      select push_many.topic, u.id, u.payload, 25, u.place, stamped, stamped
+      select push_many.topic, u.id, u.payload, nullif(most, 0), u.place, stamped, stamped
       from unnest(ids, payloads) with ordinality u(id, payload, place) order by u.id;
     else
       insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
       select push_many.topic, u.id, u.payload, u.headers,
-             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             nullif(coalesce(u.max_attempts, most), 0), u.place, stamped,
              coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
       from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
              with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id;
@@ -743,7 +828,7 @@ begin
     with stored as (
       insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
       select push_many.topic, u.id, u.payload, u.headers,
-             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             nullif(coalesce(u.max_attempts, most), 0), u.place, stamped,
              coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
       from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
              with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id, u.place
@@ -775,7 +860,6 @@ begin
     on conflict do nothing;
   end if;
   if places is null or cardinality(places) > 0 then
-    select t.wanted_until, t.wanted_by into known from "pushpop".topics t where t.topic = push_many.topic;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push_many.topic);
     end if;
@@ -923,6 +1007,65 @@ CREATE FUNCTION pushpop.release(topic text, id uuid, token bytea) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'release', null, null, 0) $$;
+CREATE FUNCTION pushpop.reschedule(topic text, id uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  message record;
+  stamped timestamptz;
+  due     timestamptz;
+begin
+  perform "pushpop".check_topic(reschedule.topic), "pushpop".check_push(delay, ready_at, null, null);
+  message := "pushpop".take_waiting(reschedule.topic, reschedule.id);
+  if message.fence is null then
+    return false;
+  end if;
+  -- As a push does, with its lock.
+  lock table "pushpop".messages in row exclusive mode;
+  stamped := clock_timestamp();
+  due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
+  update "pushpop".messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
+  insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+  values (reschedule.topic, due, message.pushed_at, message.place, 1, message.fence, reschedule.id, array[reschedule.id]);
+  if due <= stamped then
+    insert into "pushpop".behind (topic, ready_at, id) values (reschedule.topic, due, reschedule.id) on conflict do nothing;
+  end if;
+  perform pg_notify('pushpop', reschedule.topic);
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return true;
+end
+$$;
+CREATE FUNCTION pushpop.resume(topic text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(resume.topic);
+  update "pushpop".topics t set paused = false where t.topic = resume.topic and t.paused;
+  if found then
+    perform pg_notify('pushpop', resume.topic);
+  end if;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
+$$;
 CREATE FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) RETURNS bigint
     LANGUAGE plpgsql
     AS $$
@@ -963,6 +1106,33 @@ CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate tex
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select m.version, m.oldest_crate from "pushpop".migrations m order by m.version desc limit 1
+$$;
+CREATE FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+declare
+  first double precision := coalesce(set_topic.backoff_first, 1);
+  most  double precision := coalesce(set_topic.backoff_most, 3600);
+begin
+  perform "pushpop".check_topic(set_topic.topic), "pushpop".lease_interval(coalesce(set_topic.lease, 1)),
+          "pushpop".check_attempts(set_topic.max_attempts);
+  if not (first >= 0 and first <= most and most <= 250000000000) then
+    perform "pushpop".refuse(format('a backoff has 0 to 250000000000 seconds, first no more than most, not %s to %s', first, most));
+  end if;
+  perform "pushpop".lock_topic(set_topic.topic);
+  insert into "pushpop".topics as t (topic, lease, max_attempts, backoff_first, backoff_most)
+  values (set_topic.topic, set_topic.lease * interval '1 second', set_topic.max_attempts,
+          set_topic.backoff_first, set_topic.backoff_most)
+  on conflict (topic) do update
+  set lease = excluded.lease, max_attempts = excluded.max_attempts,
+      backoff_first = excluded.backoff_first, backoff_most = excluded.backoff_most;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
 $$;
 CREATE FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) RETURNS integer[]
     LANGUAGE plpgsql
@@ -1192,7 +1362,7 @@ begin
   return true;
 end
 $$;
-CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) RETURNS record
+CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -1215,6 +1385,8 @@ declare
 begin
   perform "pushpop".check_topic(stats.topic);
   at := clock_timestamp();
+  select t.paused into paused from "pushpop".topics t where t.topic = stats.topic;
+  paused := coalesce(paused, false);
   select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
   from "pushpop".figures f where f.topic = stats.topic;
   if recent.at between at - interval '2 seconds' and at then
@@ -1327,6 +1499,50 @@ begin
   end if;
 end
 $$;
+CREATE FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) RETURNS record
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  message record;
+  before  record;
+  run     record;
+begin
+  loop
+    before := message;
+    select m.ready_at, m.pushed_at, m.place, m.fence into message from "pushpop".messages m
+    where m.topic = take_waiting.topic and m.id = take_waiting.id and m.state in ('p', 'd', 'r', 'f', 'e');
+    if not found then
+      return;
+    end if;
+    select q.ctid as tid, q.n, q.ids into run from "pushpop".runs q
+    where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
+      and q.place <= message.place and take_waiting.id = any (q.ids)
+    order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
+    limit 1 for update;
+    exit when found;
+    -- It is leased, or was moved meanwhile. A lease may have ended.
+    if message is not distinct from before then
+      return;
+    end if;
+    perform "pushpop".reclaim(take_waiting.topic, clock_timestamp(), 1000);
+  end loop;
+  if run.n = 1 then
+    delete from "pushpop".runs q where q.topic = take_waiting.topic and q.ctid = run.tid;
+  elsif run.ids[1] = take_waiting.id then
+    update "pushpop".runs q
+    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+    where q.topic = take_waiting.topic and q.ctid = run.tid;
+  else
+    update "pushpop".runs q
+    set n = q.n - 1, ids = array_remove(q.ids, take_waiting.id)
+    where q.topic = take_waiting.topic and q.ctid = run.tid;
+  end if;
+  pushed_at := message.pushed_at;
+  place := message.place;
+  fence := message.fence;
+end
+$$;
 CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -1368,6 +1584,24 @@ CREATE FUNCTION pushpop.topic_names() RETURNS SETOF text
     from names n where n.topic is not null
   )
   select n.topic from names n where n.topic is not null
+  union
+  select t.topic from "pushpop".topics t
+  where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null
+  order by 1
+$$;
+CREATE FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) RETURNS record
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(topic_settings.topic);
+  select t.paused, extract(epoch from t.lease), t.max_attempts, t.backoff_first, t.backoff_most
+  into paused, lease, max_attempts, backoff_first, backoff_most
+  from "pushpop".topics t where t.topic = topic_settings.topic;
+  paused := coalesce(paused, false);
+end
 $$;
 CREATE FUNCTION pushpop.upkeep(topic text, max integer DEFAULT 1000) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
@@ -1472,12 +1706,14 @@ declare
   moment timestamptz := clock_timestamp();
   until  timestamptz := moment + interval '30 seconds';
   known  "pushpop".topics;
+  paused boolean;
   start  timestamptz;
   due    timestamptz;
   ends   timestamptz;
 begin
   perform "pushpop".check_topic(wait_for.topic);
   select t.* into known from "pushpop".topics t where t.topic = wait_for.topic;
+  paused := known.paused;
   if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
      or known.wanted_by is distinct from waiter and known.wanted_by is not null then
     known := "pushpop".lock_topic(wait_for.topic);
@@ -1487,6 +1723,10 @@ begin
           wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
       where t.topic = wait_for.topic;
     end if;
+  end if;
+  if paused then
+    ready := false;
+    return;
   end if;
   select least(known.low, min(b.ready_at)) into start from "pushpop".behind b where b.topic = wait_for.topic;
   perform from "pushpop".runs q
@@ -1632,12 +1872,16 @@ ALTER TABLE ONLY pushpop.runs
 ALTER TABLE ONLY pushpop.topics
     ADD CONSTRAINT topics_pkey PRIMARY KEY (topic);
 CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until) WHERE (lease_until > '-infinity'::timestamp with time zone);
+CREATE INDEX topics_set ON pushpop.topics USING btree (topic) WHERE (paused OR (lease IS NOT NULL) OR (max_attempts IS NOT NULL) OR (backoff_first IS NOT NULL) OR (backoff_most IS NOT NULL));
 REVOKE ALL ON FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.backoff(attempt integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.backoff(topic text, attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.cancel(topic text, id uuid, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_arrays(wanted integer, others integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_attempts(attempts integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_headers(headers jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_keep(keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_payload(payload bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_push(delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) FROM PUBLIC;
@@ -1656,29 +1900,35 @@ REVOKE ALL ON FUNCTION pushpop.lock_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.make_durable() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pause(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision, fallback double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.prove(topic text, id uuid, token bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge_dead(topic text, age double precision, max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, fallback integer, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid, fallback integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.redrive(topic text, ids uuid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.redrive_all(topic text, INOUT until timestamp with time zone, max integer, OUT redriven bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.refuse(what text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.release(topic text, id uuid, token bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.reschedule(topic text, id uuid, delay double precision, ready_at timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.resume(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision) FROM PUBLIC;

@@ -36,7 +36,8 @@ begin
   -- neither has a lease that ended, and waits to be reclaimed.
   return query
     select m.id, m.payload, m.headers,
-           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state in ('z', 'y') then 'dead'
+           case when m.state = 'c' then 'completed' when m.state in ('x', 'k') then 'discarded'
+             when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
              when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,

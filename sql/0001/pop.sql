@@ -4,14 +4,16 @@
 -- queue are always wrong. Rows are found through the primary key, one probe each, and written by
 -- their ctid: see README.md beside this folder.
 
--- Pops up to max messages of a topic, oldest first, each leased for so many seconds.
+-- Pops up to max messages of a topic, oldest first, each leased for so many seconds: lease, else what
+-- the topic says, else fallback. A topic that is paused hands out none.
 --
 -- The token proves the lease to every later call. A message whose lease expired is free again,
 -- at its old place; one that has no attempt left is dead and is not handed out.
 create function pushpop.pop(
-  topic text,
-  max   integer          default 1,
-  lease double precision default 300
+  topic    text,
+  max      integer          default 1,
+  lease    double precision default null,
+  fallback double precision default 300
 ) returns table (
   id           uuid,
   payload      bytea,
@@ -48,21 +50,23 @@ declare
   n      integer;
   keys   bytea[];
 begin
-  if octet_length(pop.topic) between 1 and 255 is not true then
-    perform pushpop.check_topic(pop.topic);
+  if (octet_length(pop.topic) between 1 and 255 and coalesce(lease, 1) between 1 and 86400
+      and fallback between 1 and 86400) is not true then
+    perform pushpop.check_topic(pop.topic), pushpop.lease_interval(coalesce(lease, 1)), pushpop.lease_interval(fallback);
   end if;
   if max is null or max not between 1 and 1000 then
     perform pushpop.refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  until := moment + case when lease between 1 and 86400 then lease * interval '1 second'
-                         else pushpop.lease_interval(lease) end;
 
-  select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
-  if not found or known.looked_at not between moment - interval '1 second' and moment then
+  select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
+  if known.paused then
+    return;
+  elsif not found or known.looked_at not between moment - interval '1 second' and moment then
     perform pushpop.reclaim(pop.topic, moment, 1000);
     perform pushpop.note_look(pop.topic, moment);
-    select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
+    select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
   end if;
+  until := moment + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   start := coalesce(known.low, '-infinity');
   taken := pushpop.take_runs(pop.topic, start, moment, max);
 
@@ -311,7 +315,8 @@ $body$;
 -- Says that somebody waits for a message of the topic: for the next half minute pushes notify
 -- (LISTEN to the channel named as this schema; the payload is the topic). Returns whether there
 -- is one already, and in how many seconds the next one may become free: a delayed one is due, or a
--- lease expires. waiter: who asks, and is not woken for its own pushes.
+-- lease expires; of a topic that is paused neither. waiter: who asks, and is not woken for its own
+-- pushes.
 create function pushpop.wait_for(
   topic  text,
   waiter uuid default null,
@@ -331,12 +336,14 @@ declare
   moment timestamptz := clock_timestamp();
   until  timestamptz := moment + interval '30 seconds';
   known  pushpop.topics;
+  paused boolean;
   start  timestamptz;
   due    timestamptz;
   ends   timestamptz;
 begin
   perform pushpop.check_topic(wait_for.topic);
   select t.* into known from pushpop.topics t where t.topic = wait_for.topic;
+  paused := known.paused;
   if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
      or known.wanted_by is distinct from waiter and known.wanted_by is not null then
     known := pushpop.lock_topic(wait_for.topic);
@@ -348,6 +355,10 @@ begin
     end if;
   end if;
 
+  if paused then
+    ready := false;
+    return;
+  end if;
   select least(known.low, min(b.ready_at)) into start from pushpop.behind b where b.topic = wait_for.topic;
   perform from pushpop.runs q
   where q.topic = wait_for.topic and q.ready_at >= coalesce(start, '-infinity') and q.ready_at <= moment limit 1;

@@ -15,7 +15,8 @@
 --           release             given back now, to its old place; burns no attempt
 --           fail                again after its delay, or dead if that was the last attempt
 --           extend              its lease ends `delay` seconds from now, never earlier than it did
--- delays    seconds; for fail null means 1 s, doubled with each attempt, up to 1 h, with jitter
+-- delays    seconds; for fail null means 1 s, doubled with each attempt, up to 1 h, or as the topic
+--           says, with jitter
 -- errors    why a message failed
 -- tidy      whether leases that are used up are cleared away at once. They are locked for that, so
 --           not within a longer transaction.
@@ -294,7 +295,7 @@ begin
       attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
       ready_at   = case outcome
                      when 'defer' then moment + delay * interval '1 second'
-                     when 'fail' then moment + coalesce(delay, pushpop.backoff(m.attempt + 1)) * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, pushpop.backoff(give_back.topic, m.attempt + 1)) * interval '1 second'
                      else m.ready_at end,
       failures   = case when outcome in ('fail', 'expire') then pushpop.add_failure(m.failures, m.attempt + 1, moment, error)
                      else m.failures end
@@ -394,12 +395,24 @@ begin
 end
 $body$;
 
--- Seconds until the next attempt: 1, 2, 4 .. 3600, less up to a quarter, so that messages that
--- failed together do not come back together.
-create function pushpop.backoff(attempt integer) returns double precision
+-- Seconds until the next attempt: 1, 2, 4 .. 3600, or as the topic says, less up to a quarter, so that
+-- messages that failed together do not come back together.
+create function pushpop.backoff(topic text, attempt integer) returns double precision
 language sql volatile
 as $body$
-  select least(3600, power(2, least(backoff.attempt - 1, 12))) * (1 - 0.25 * random())
+  select least(coalesce(t.backoff_most, 3600), coalesce(t.backoff_first, 1) * power(2, least(backoff.attempt - 1, 100)))
+         * (1 - 0.25 * random())
+  from (select) one left join pushpop.topics t on t.topic = backoff.topic
+$body$;
+
+create function pushpop.check_keep(keep double precision) returns void
+language plpgsql immutable
+as $body$
+begin
+  if (keep >= 0 and keep <= 250000000000) is not true then
+    perform pushpop.refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
+  end if;
+end
 $body$;
 
 create function pushpop.check_settle(
@@ -410,10 +423,9 @@ as $body$
 begin
   perform pushpop.check_arrays(cardinality(ids), array[coalesce(cardinality(tokens), 0), coalesce(cardinality(outcomes), 0),
                                                        cardinality(delays), cardinality(errors)]);
+  perform pushpop.check_keep(keep);
   if not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
     perform pushpop.refuse('an outcome is one of complete, discard, defer, release, fail, extend');
-  elsif keep is null or not (keep >= 0 and keep <= 250000000000) then
-    perform pushpop.refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
   elsif outcomes && '{defer,fail,extend}' then
     perform pushpop.refuse(format('a delay has 0 to 250000000000 seconds, not %s', coalesce(u.delay::text, 'null')))
     from unnest(outcomes, delays) u(outcome, delay)

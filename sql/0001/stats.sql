@@ -10,7 +10,8 @@ create function pushpop.stats(
   out leased          bigint,
   out settled         bigint,      -- completed or discarded, and still stored
   out dead            bigint,
-  out oldest_ready_at timestamptz
+  out oldest_ready_at timestamptz,
+  out paused          boolean
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -34,6 +35,8 @@ declare
 begin
   perform pushpop.check_topic(stats.topic);
   at := clock_timestamp();
+  select t.paused into paused from pushpop.topics t where t.topic = stats.topic;
+  paused := coalesce(paused, false);
 
   select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
   from pushpop.figures f where f.topic = stats.topic;
@@ -96,7 +99,7 @@ begin
 end
 $body$;
 
--- The topics in which a message is stored.
+-- The topics in which a message is stored, or that have settings, in the order of their names.
 create function pushpop.topic_names() returns setof text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -110,4 +113,8 @@ as $body$
     from names n where n.topic is not null
   )
   select n.topic from names n where n.topic is not null
+  union
+  select t.topic from pushpop.topics t
+  where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null
+  order by 1
 $body$;

@@ -15,8 +15,8 @@ create table pushpop.messages (
   attempt      integer not null default 0,   -- attempts that are over; defer and release give theirs back
   place        integer not null,             -- among the messages pushed by the same statement
   max_attempts smallint,                     -- null: without end
-  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded;
-                                             -- dead: z by a failure, y by an expired lease
+  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded,
+                                             -- k cancelled; dead: z by a failure, y by an expired lease
   id           uuid not null,
   topic        text collate "C" not null,
   failures     jsonb,                        -- the newest ten, oldest first; null: it never failed
@@ -90,8 +90,8 @@ create table pushpop.dead (
   primary key (topic, died_at, id)
 );
 
--- What is known of a topic beyond its messages. All of it is a hint that makes things
--- fast: a topic without a row, or with one that nobody could update, works as well.
+-- What is known of a topic beyond its messages. All of it but the settings is a hint that makes
+-- things fast: a topic without a row, or with one that nobody could update, works as well.
 create table pushpop.topics (
   topic        text collate "C" not null primary key,
 
@@ -111,8 +111,18 @@ create table pushpop.topics (
   cleared_at   timestamptz not null default '-infinity', -- when these two were last begun anew
 
   wanted_until timestamptz not null default '-infinity', -- somebody waits for a message
-  wanted_by    uuid                                      -- who, if it is one client only
+  wanted_by    uuid,                                     -- who, if it is one client only
+
+  -- Settings. Null: nothing is said here.
+  paused        boolean not null default false,
+  lease         interval,
+  max_attempts  smallint,         -- 0: without end
+  backoff_first double precision, -- seconds
+  backoff_most  double precision
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.2, autovacuum_vacuum_threshold = 200);
+
+create index topics_set on pushpop.topics (topic)
+where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null;
 
 -- Runs that were put behind the front of their topic: a time in the past, a released or expired
 -- lease. A row commits with its run, so nothing can pass it unseen.

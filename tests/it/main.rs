@@ -5,6 +5,7 @@
 mod audit;
 mod connect;
 mod contract;
+mod control;
 mod dead;
 mod errors;
 #[cfg(feature = "json")]

@@ -72,6 +72,14 @@ fn assert_all_few(world: &World) {
         ("wait_for", "select from pushpop.wait_for('t')"),
         ("peek", "select from pushpop.peek('t', 10)"),
         ("upkeep", "select from pushpop.upkeep('t')"),
+        (
+            "cancel",
+            "select from pushpop.cancel('t', (select id from pushpop.peek('t', 100) offset 60 limit 1))",
+        ),
+        (
+            "reschedule",
+            "select from pushpop.reschedule('t', (select id from pushpop.peek('t', 100) offset 60 limit 1), 0)",
+        ),
         ("dead_letters", "select from pushpop.dead_letters('t', 10)"),
         ("redrive_all", "select from pushpop.redrive_all('t', max => 1)"),
         ("purge_dead", "select from pushpop.purge_dead('t', max => 1)"),
