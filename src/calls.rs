@@ -60,6 +60,8 @@ impl Calls {
             "select id, payload, {HEADERS}, state, attempt, max_attempts, fence, pushed_at, ready_at, \
              lease_until, done_at, delete_at, {FAILURES} from pushpop."
         );
+        let figures = "at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, \
+                       upkept_at, upkeep_seconds, upkeep_rows";
         Calls {
             push: call(
                 "push",
@@ -130,15 +132,12 @@ impl Calls {
             ),
             find: call("find", &format!("{shown}find($1, $2)"), &[Type::TEXT, Type::UUID]),
             peek: call("peek", &format!("{shown}peek($1, $2)"), &[Type::TEXT, Type::INT4]),
-            stats: call(
-                "stats",
-                "select $1, at, ready, delayed, leased, settled, dead, oldest_ready_at, paused from pushpop.stats($1)",
-                &[Type::TEXT],
-            ),
+            stats: call("stats", &format!("select $1, {figures} from pushpop.stats($1)"), &[Type::TEXT]),
             topics: call(
                 "topics",
-                "select n.topic, s.at, s.ready, s.delayed, s.leased, s.settled, s.dead, s.oldest_ready_at, s.paused \
-                 from pushpop.topic_names() n(topic), pushpop.stats(n.topic) s",
+                &format!(
+                    "select n.topic, {figures} from pushpop.topic_names() n(topic), pushpop.stats(n.topic)"
+                ),
                 &[],
             ),
             purge: call("purge", "select pushpop.purge($1)", &[Type::TEXT]),
@@ -261,6 +260,9 @@ impl Stats {
             dead: figure(6)?,
             oldest_ready_at: row.try_get(7)?,
             paused: row.try_get(8)?,
+            upkept_at: row.try_get(9)?,
+            upkeep_time: Duration::try_from_secs_f64(row.try_get(10)?).unwrap_or_default(),
+            upkeep_rows: figure(11)?,
         })
     }
 }

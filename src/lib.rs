@@ -190,7 +190,17 @@
 //! grant execute on all functions in schema pushpop to worker;
 //! ```
 //!
-//! It has no rights on the tables: the functions run with those of their owner. Grant again after a
+//! A role that only watches it, by `select * from pushpop.overview \watch` in psql, or the views `in_flight`
+//! and `dead_messages`:
+//!
+//! ```sql
+//! grant connect on database app to watcher;
+//! grant usage on schema pushpop to watcher;
+//! grant select on pushpop.overview, pushpop.in_flight, pushpop.dead_messages to watcher;
+//! grant execute on function pushpop.topic_names(), pushpop.stats(text) to watcher;
+//! ```
+//!
+//! Neither has rights on the tables: functions and views read them with those of their owner. Grant again after a
 //! migration, which may bring new functions.
 //!
 //! # Which errors are there, and which are worth a retry?

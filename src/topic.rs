@@ -44,6 +44,9 @@ pub struct Stats {
     pub(crate) dead: u64,
     pub(crate) oldest_ready_at: Option<OffsetDateTime>,
     pub(crate) paused: bool,
+    pub(crate) upkept_at: Option<OffsetDateTime>,
+    pub(crate) upkeep_time: Duration,
+    pub(crate) upkeep_rows: u64,
 }
 
 impl Stats {
@@ -91,6 +94,22 @@ impl Stats {
     /// Whether the topic is [paused](Topic::pause). Its ready messages may be popped once it is resumed.
     pub fn paused(&self) -> bool {
         self.paused
+    }
+
+    /// When upkeep of the topic was done last, by whichever client: old history deleted, and messages
+    /// of expired leases given back.
+    pub fn upkept_at(&self) -> Option<OffsetDateTime> {
+        self.upkept_at
+    }
+
+    /// How much time of the server upkeep has taken so far, in all.
+    pub fn upkeep_time(&self) -> Duration {
+        self.upkeep_time
+    }
+
+    /// How many messages upkeep has deleted or given back so far.
+    pub fn upkeep_rows(&self) -> u64 {
+        self.upkeep_rows
     }
 }
 

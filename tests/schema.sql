@@ -391,6 +391,9 @@ CREATE TABLE pushpop.topics (
     cleared_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
     wanted_until timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
     wanted_by uuid,
+    upkept_at timestamp with time zone,
+    upkeep_time interval DEFAULT '00:00:00'::interval NOT NULL,
+    upkeep_rows bigint DEFAULT 0 NOT NULL,
     paused boolean DEFAULT false NOT NULL,
     lease interval,
     max_attempts smallint,
@@ -1362,7 +1365,7 @@ begin
   return true;
 end
 $$;
-CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean) RETURNS record
+CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -1385,8 +1388,14 @@ declare
 begin
   perform "pushpop".check_topic(stats.topic);
   at := clock_timestamp();
-  select t.paused into paused from "pushpop".topics t where t.topic = stats.topic;
-  paused := coalesce(paused, false);
+  select t.paused, t.upkept_at, extract(epoch from t.upkeep_time), t.upkeep_rows
+  into paused, upkept_at, upkeep_seconds, upkeep_rows
+  from "pushpop".topics t where t.topic = stats.topic;
+  if not found then
+    paused := false;
+    upkeep_seconds := 0;
+    upkeep_rows := 0;
+  end if;
   select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
   from "pushpop".figures f where f.topic = stats.topic;
   if recent.at between at - interval '2 seconds' and at then
@@ -1625,22 +1634,24 @@ declare
     where h.topic = upkeep.topic and h.delete_at >= known.deleted_to and h.delete_at <= moment
     order by h.delete_at, h.id
     for update skip locked;
-  batch   record;
-  batches tid[];
-  ids     uuid[];
-  want    integer := max;
-  counted bigint;
+  batch    record;
+  batches  tid[];
+  ids      uuid[];
+  want     integer := max;
+  counted  bigint;
+  returned bigint;
 begin
   perform "pushpop".check_topic(upkeep.topic);
   if max is null or max not between 1 and 100000 then
     perform "pushpop".refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
   end if;
-  perform "pushpop".reclaim(upkeep.topic, moment, max);
-  perform "pushpop".note_look(upkeep.topic, moment);
-  known := "pushpop".lock_topic(upkeep.topic);
-  if known.topic is null then
+  -- Held until the end, so that there is one at a time, and the death of its session frees it.
+  if ("pushpop".lock_topic(upkeep.topic)).topic is null then
     return 0;
   end if;
+  returned := "pushpop".reclaim(upkeep.topic, moment, max);
+  perform "pushpop".note_look(upkeep.topic, moment);
+  known := "pushpop".lock_topic(upkeep.topic);
   -- Once a minute from the beginning: a settle, or a pop, may have committed late.
   if known.cleared_at not between moment - interval '1 minute' and moment then
     known.deleted_to := '-infinity';
@@ -1666,7 +1677,9 @@ begin
   get diagnostics counted = row_count;
   delete from "pushpop".history h where h.topic = upkeep.topic and h.ctid = any (batches);
   update "pushpop".topics t
-  set cleared_at = known.cleared_at,
+  set upkept_at = moment, upkeep_time = t.upkeep_time + (clock_timestamp() - moment),
+      upkeep_rows = t.upkeep_rows + counted + returned,
+      cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
@@ -1787,6 +1800,37 @@ CREATE TABLE pushpop.dead (
     died_at timestamp with time zone NOT NULL,
     id uuid NOT NULL
 );
+CREATE TABLE pushpop.messages (
+    pushed_at timestamp with time zone NOT NULL,
+    ready_at timestamp with time zone NOT NULL,
+    done_at timestamp with time zone,
+    delete_at timestamp with time zone,
+    fence integer DEFAULT 0 NOT NULL,
+    attempt integer DEFAULT 0 NOT NULL,
+    place integer NOT NULL,
+    max_attempts smallint,
+    state "char" DEFAULT 'p'::"char" NOT NULL,
+    id uuid NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C",
+    failures jsonb,
+    headers jsonb,
+    payload bytea NOT NULL
+)
+WITH (fillfactor='46', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
+ALTER TABLE ONLY pushpop.messages ALTER COLUMN payload SET STORAGE EXTERNAL;
+CREATE VIEW pushpop.dead_messages AS
+ SELECT d.topic,
+    d.id,
+    d.died_at,
+    m.attempt,
+    "left"(((m.failures -> '-1'::integer) ->> 'error'::text), 200) AS error
+   FROM (pushpop.dead d
+     CROSS JOIN LATERAL ( SELECT m_1.attempt,
+            m_1.failures
+           FROM pushpop.messages m_1
+          WHERE ((m_1.topic = d.topic) AND (m_1.id = d.id))
+         OFFSET 0) m)
+  ORDER BY d.died_at DESC, d.topic, d.id;
 CREATE TABLE pushpop.figures (
     at timestamp with time zone NOT NULL,
     ready bigint NOT NULL,
@@ -1818,29 +1862,43 @@ CREATE TABLE pushpop.leases (
 WITH (fillfactor='80', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
 ALTER TABLE ONLY pushpop.leases ALTER COLUMN ids SET STORAGE PLAIN;
 ALTER TABLE ONLY pushpop.leases ALTER COLUMN fences SET STORAGE PLAIN;
-CREATE TABLE pushpop.messages (
-    pushed_at timestamp with time zone NOT NULL,
-    ready_at timestamp with time zone NOT NULL,
-    done_at timestamp with time zone,
-    delete_at timestamp with time zone,
-    fence integer DEFAULT 0 NOT NULL,
-    attempt integer DEFAULT 0 NOT NULL,
-    place integer NOT NULL,
-    max_attempts smallint,
-    state "char" DEFAULT 'p'::"char" NOT NULL,
-    id uuid NOT NULL,
-    topic text NOT NULL COLLATE pg_catalog."C",
-    failures jsonb,
-    headers jsonb,
-    payload bytea NOT NULL
-)
-WITH (fillfactor='46', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
-ALTER TABLE ONLY pushpop.messages ALTER COLUMN payload SET STORAGE EXTERNAL;
+CREATE VIEW pushpop.in_flight AS
+ SELECT l.topic,
+    l.id,
+    l.lease_until,
+    date_trunc('second'::text, (l.lease_until - statement_timestamp())) AS time_left,
+    m.attempt
+   FROM (( SELECT l_1.topic,
+            u.id,
+            u.fence,
+            max(l_1.lease_until) AS lease_until
+           FROM (pushpop.leases l_1
+             CROSS JOIN LATERAL UNNEST(l_1.ids, l_1.fences) u(id, fence))
+          WHERE (l_1.lease_until > statement_timestamp())
+          GROUP BY l_1.topic, u.id, u.fence) l
+     CROSS JOIN LATERAL ( SELECT (m_1.attempt + 1) AS attempt
+           FROM pushpop.messages m_1
+          WHERE ((m_1.topic = l.topic) AND (m_1.id = l.id) AND (m_1.fence = (l.fence - 1)) AND (m_1.state = ANY (ARRAY['p'::"char", 'd'::"char", 'r'::"char", 'f'::"char", 'e'::"char"])))
+         OFFSET 0) m)
+  ORDER BY l.lease_until, l.topic, l.id;
 CREATE TABLE pushpop.migrations (
     version integer NOT NULL,
     oldest_crate text NOT NULL,
     applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
+CREATE VIEW pushpop.overview AS
+ SELECT n.topic,
+    s.ready,
+    s.delayed,
+    s.leased,
+    s.dead,
+    s.settled,
+    date_trunc('second'::text, (s.at - s.oldest_ready_at)) AS oldest_ready_age,
+    s.paused,
+    s.upkept_at
+   FROM (pushpop.topic_names() n(topic)
+     CROSS JOIN LATERAL pushpop.stats(n.topic) s(at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, upkept_at, upkeep_seconds, upkeep_rows))
+  ORDER BY n.topic;
 CREATE TABLE pushpop.runs (
     ready_at timestamp with time zone NOT NULL,
     pushed_at timestamp with time zone NOT NULL,
@@ -1922,7 +1980,7 @@ REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;

@@ -91,7 +91,8 @@ create table pushpop.dead (
 );
 
 -- What is known of a topic beyond its messages. All of it but the settings is a hint that makes
--- things fast: a topic without a row, or with one that nobody could update, works as well.
+-- things fast, or is there to be looked at: a topic without a row, or with one that nobody could
+-- update, works as well.
 create table pushpop.topics (
   topic        text collate "C" not null primary key,
 
@@ -112,6 +113,11 @@ create table pushpop.topics (
 
   wanted_until timestamptz not null default '-infinity', -- somebody waits for a message
   wanted_by    uuid,                                     -- who, if it is one client only
+
+  -- What upkeep has cost.
+  upkept_at    timestamptz,                              -- last time
+  upkeep_time  interval not null default '0',            -- in all
+  upkeep_rows  bigint not null default 0,                -- deleted and reclaimed, in all
 
   -- Settings. Null: nothing is said here.
   paused        boolean not null default false,

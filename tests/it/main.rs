@@ -22,5 +22,7 @@ mod settle;
 mod threads;
 mod tidy;
 mod transaction;
+mod upkeep;
+mod views;
 mod wake;
 mod world;

@@ -367,9 +367,20 @@ fn others_may_execute_nothing() {
         let error = client.query(&world.sql(&format!("select {call}")), &[]).unwrap_err();
         assert_eq!(error.code().unwrap().code(), "42501", "{call}");
     }
-    for table in
-        ["messages", "runs", "leases", "history", "dead", "topics", "behind", "figures", "migrations"]
-    {
+    for table in [
+        "messages",
+        "runs",
+        "leases",
+        "history",
+        "dead",
+        "topics",
+        "behind",
+        "figures",
+        "migrations",
+        "overview",
+        "in_flight",
+        "dead_messages",
+    ] {
         let error = client.query(&world.sql(&format!("select 1 from pushpop.{table}")), &[]).unwrap_err();
         assert_eq!(error.code().unwrap().code(), "42501", "{table}");
     }
