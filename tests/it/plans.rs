@@ -253,3 +253,23 @@ fn a_settle_does_not_step_over_what_is_settled() {
     assert_few("pop and settle of 100", &r, 40 + 12 * 100);
     pop(&queue, "t").complete().unwrap();
 }
+
+#[test]
+fn topics_that_nobody_has_set_cost_the_list_nothing() {
+    let world = World::new();
+    let mut client = without_autovacuum(&world);
+    let known = "insert into pushpop.topics (topic) select 'popped ' || i from generate_series(1, 5000) i";
+    client.batch_execute(&world.sql(known)).unwrap();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    queue.topic("paused").pause().unwrap();
+    for analyzed in [false, true] {
+        if analyzed {
+            analyze(&world, &mut client);
+        }
+        let names = world.sql("select from pushpop.topic_names()");
+        let (n, r) = read(&world, |tx| tx.query(&names, &[]).unwrap().len());
+        assert_eq!(n, 2);
+        assert_few("the list of topics", &r, 20);
+    }
+}
