@@ -115,7 +115,8 @@ impl Builder {
         self
     }
 
-    /// How long a popped message is its consumer's: 1 s to 24 h. Default: 5 min.
+    /// How long a popped message is its consumer's, if neither the pop ([`Queue::with_lease`]) nor the
+    /// topic ([`Topic::set`](crate::Topic::set)) says: 1 s to 24 h. Default: 5 min.
     #[doc(alias = "visibility")]
     pub fn lease(mut self, lease: Duration) -> Self {
         self.lease = lease;
@@ -130,8 +131,8 @@ impl Builder {
         self
     }
 
-    /// How often a message is tried that does not say so itself: 1 to 32,767, or `None` for no limit.
-    /// Default: 25.
+    /// How often a message is tried, if neither [it](crate::NewMessage::max_attempts) nor its
+    /// [topic](crate::Topic::set) says: 1 to 32,767, or `None` for no limit. Default: 25.
     pub fn max_attempts(mut self, most: impl Into<Option<u16>>) -> Self {
         self.max_attempts = most.into();
         self
@@ -255,11 +256,10 @@ impl Builder {
             poll_interval: self.poll_interval,
             lease: self.lease,
             keep_settled: self.keep_settled,
-            max_attempts: self.max_attempts,
+            max_attempts: self.max_attempts.map_or(0, i32::from),
             max_payload: self.max_payload,
             listens: !self.pooler,
         };
-        let lease = settings.lease;
         let links = Links { route, named_statements: !self.pooler };
         let engine = Engine::new(settings, Calls::new(&schema), links, self.observer)?;
         let keeper = Arc::clone(&engine);
@@ -268,7 +268,7 @@ impl Builder {
             .name("pushpop-keep".into())
             .spawn(move || keeper.keep())
             .map_err(|e| Error::connection(format!("cannot start a thread: {e}")))?;
-        Ok(Queue { handle, lease })
+        Ok(Queue { handle, lease: None })
     }
 
     fn check(&self) -> Result<()> {

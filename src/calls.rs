@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use postgres::Row;
 use postgres::types::Type;
@@ -10,7 +10,7 @@ use time::OffsetDateTime;
 use uuid::Uuid;
 
 use crate::link::Call;
-use crate::message::{Message, State};
+use crate::message::{Failure, Message, State};
 use crate::schema::Schema;
 use crate::topic::Stats;
 
@@ -35,6 +35,16 @@ pub(crate) struct Calls {
     pub(crate) stats: Call,
     pub(crate) topics: Call,
     pub(crate) purge: Call,
+    pub(crate) dead: Call,
+    pub(crate) redrive: Call,
+    pub(crate) redrive_all: Call,
+    pub(crate) purge_dead: Call,
+    pub(crate) pause: Call,
+    pub(crate) resume: Call,
+    pub(crate) set_topic: Call,
+    pub(crate) topic_settings: Call,
+    pub(crate) cancel: Call,
+    pub(crate) reschedule: Call,
     pub(crate) upkeep: Call,
     pub(crate) upkeep_due: Call,
     pub(crate) listen: String,
@@ -44,24 +54,33 @@ pub(crate) struct Calls {
 const HEADERS: &str = "case when headers is not null then array(\
     select pg_catalog.unnest(array[h.key, h.value]) from pg_catalog.jsonb_each_text(headers) h) end";
 
+/// Failures likewise: attempt, microseconds since 1970, and error in turn.
+const FAILURES: &str = "case when failures is not null then array(\
+    select pg_catalog.unnest(array[f.attempt, pg_catalog.int8(pg_catalog.float8mul(\
+        pg_catalog.date_part('epoch', f.at), 1000000))::pg_catalog.text, f.error]) \
+    from pg_catalog.jsonb_to_recordset(failures) \
+        f(attempt pg_catalog.text, at pg_catalog.timestamptz, error pg_catalog.text)) end";
+
 impl Calls {
     pub(crate) fn new(schema: &Schema) -> Self {
         let call = |name, sql: &str, types: &'static [Type]| Call { name, sql: schema.localize(sql), types };
         let shown = format!(
             "select id, payload, {HEADERS}, state, attempt, max_attempts, fence, pushed_at, ready_at, \
-             lease_until, done_at, delete_at, last_error from pushpop."
+             lease_until, done_at, delete_at, {FAILURES} from pushpop."
         );
         let popped = format!(
             "id, payload, {HEADERS}, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, \
-             last_error"
+             {FAILURES}, pg_catalog.statement_timestamp() as asked_at"
         );
         // Which slice of the arrays is for which topic.
         let slices = "rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
                       g(topic, first, last)";
+        let figures = "at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, \
+                       upkept_at, upkeep_seconds, upkeep_rows";
         Calls {
             push: call(
                 "push",
-                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::pg_catalog.text::pg_catalog.jsonb, $7, $8)",
+                "select pushed, duplicate from pushpop.push($1, $2, $3, $4, $5, $6::pg_catalog.text::pg_catalog.jsonb, $7, $8, $9)",
                 &[
                     Type::TEXT,
                     Type::BYTEA,
@@ -71,11 +90,12 @@ impl Calls {
                     Type::TEXT,
                     Type::INT4,
                     Type::UUID,
+                    Type::INT4,
                 ],
             ),
             push_many: call(
                 "push_many",
-                "select pushpop.push_many($1, $2, $3, $4, $5, $6::pg_catalog.text[]::pg_catalog.jsonb[], $7, $8)",
+                "select pushpop.push_many($1, $2, $3, $4, $5, $6::pg_catalog.text[]::pg_catalog.jsonb[], $7, $8, $9)",
                 &[
                     Type::TEXT,
                     Type::UUID_ARRAY,
@@ -85,6 +105,7 @@ impl Calls {
                     Type::TEXT_ARRAY,
                     Type::INT4_ARRAY,
                     Type::UUID,
+                    Type::INT4,
                 ],
             ),
             push_topics: call(
@@ -93,7 +114,7 @@ impl Calls {
                     "select g.first - 1 + p.place from {slices}, \
                      pushpop.push_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
                      $7[g.first : g.last], ($8::pg_catalog.text[]::pg_catalog.jsonb[])[g.first : g.last], \
-                     $9[g.first : g.last], $10) p(place)"
+                     $9[g.first : g.last], $10, $11) p(place)"
                 ),
                 &[
                     Type::TEXT_ARRAY,
@@ -106,21 +127,22 @@ impl Calls {
                     Type::TEXT_ARRAY,
                     Type::INT4_ARRAY,
                     Type::UUID,
+                    Type::INT4,
                 ],
             ),
             pop: call(
                 "pop",
-                &format!("select {popped} from pushpop.pop($1, $2, $3)"),
-                &[Type::TEXT, Type::INT4, Type::FLOAT8],
+                &format!("select {popped} from pushpop.pop($1, $2, $3, $4)"),
+                &[Type::TEXT, Type::INT4, Type::FLOAT8, Type::FLOAT8],
             ),
             pop_topics: call(
                 "pop_topics",
                 &format!(
                     "select {popped}, g.part \
                      from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
-                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease) where g.max > 0"
+                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $4) where g.max > 0"
                 ),
-                &[Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::FLOAT8_ARRAY],
+                &[Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::FLOAT8_ARRAY, Type::FLOAT8],
             ),
             wait_for: call(
                 "wait_for",
@@ -166,7 +188,8 @@ impl Calls {
                      null::pg_catalog.text[] as headers, null::pg_catalog.bytea as token, s.lease_until, \
                      null::pg_catalog.int4 as attempt, null::pg_catalog.int4 as max_attempts, \
                      null::pg_catalog.int8 as fence, null::pg_catalog.timestamptz as pushed_at, \
-                     null::pg_catalog.timestamptz as ready_at, null::pg_catalog.text as last_error, \
+                     null::pg_catalog.timestamptz as ready_at, null::pg_catalog.text[] as failures, \
+                     null::pg_catalog.timestamptz as asked_at, \
                      null::pg_catalog.int8 as part, g.first - 1 + s.place as place, s.result \
                      from {slices}, \
                      pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
@@ -174,7 +197,7 @@ impl Calls {
                      union all \
                      select {popped}, g.part, null, null \
                      from rows from (pg_catalog.unnest($1), pg_catalog.unnest($10), pg_catalog.unnest($11)) \
-                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease) \
+                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $12) \
                      where g.max > 0"
                 ),
                 &[
@@ -189,6 +212,7 @@ impl Calls {
                     Type::FLOAT8,
                     Type::INT4_ARRAY,
                     Type::FLOAT8_ARRAY,
+                    Type::FLOAT8,
                 ],
             ),
             heartbeat: call(
@@ -208,18 +232,45 @@ impl Calls {
             ),
             find: call("find", &format!("{shown}find($1, $2)"), &[Type::TEXT, Type::UUID]),
             peek: call("peek", &format!("{shown}peek($1, $2)"), &[Type::TEXT, Type::INT4]),
-            stats: call(
-                "stats",
-                "select $1, at, ready, delayed, leased, settled, dead, oldest_ready_at from pushpop.stats($1)",
-                &[Type::TEXT],
-            ),
+            stats: call("stats", &format!("select $1, {figures} from pushpop.stats($1)"), &[Type::TEXT]),
             topics: call(
                 "topics",
-                "select n.topic, s.at, s.ready, s.delayed, s.leased, s.settled, s.dead, s.oldest_ready_at \
-                 from pushpop.topic_names() n(topic), pushpop.stats(n.topic) s",
+                &format!(
+                    "select n.topic, {figures} from pushpop.topic_names() n(topic), pushpop.stats(n.topic)"
+                ),
                 &[],
             ),
             purge: call("purge", "select pushpop.purge($1)", &[Type::TEXT]),
+            dead: call("dead", &format!("{shown}dead_letters($1, $2)"), &[Type::TEXT, Type::INT4]),
+            redrive: call("redrive", "select pushpop.redrive($1, $2)", &[Type::TEXT, Type::UUID_ARRAY]),
+            redrive_all: call(
+                "redrive_all",
+                "select redriven, until from pushpop.redrive_all($1, $2)",
+                &[Type::TEXT, Type::TIMESTAMPTZ],
+            ),
+            purge_dead: call("purge_dead", "select pushpop.purge_dead($1, $2)", &[Type::TEXT, Type::FLOAT8]),
+            pause: call("pause", "select pushpop.pause($1)", &[Type::TEXT]),
+            resume: call("resume", "select pushpop.resume($1)", &[Type::TEXT]),
+            set_topic: call(
+                "set",
+                "select pushpop.set_topic($1, $2, $3, $4, $5)",
+                &[Type::TEXT, Type::FLOAT8, Type::INT4, Type::FLOAT8, Type::FLOAT8],
+            ),
+            topic_settings: call(
+                "settings",
+                "select lease, max_attempts, backoff_first, backoff_most from pushpop.topic_settings($1)",
+                &[Type::TEXT],
+            ),
+            cancel: call(
+                "cancel",
+                "select pushpop.cancel($1, $2, $3)",
+                &[Type::TEXT, Type::UUID, Type::FLOAT8],
+            ),
+            reschedule: call(
+                "reschedule",
+                "select pushpop.reschedule($1, $2, $3, $4)",
+                &[Type::TEXT, Type::UUID, Type::FLOAT8, Type::TIMESTAMPTZ],
+            ),
             upkeep: call(
                 "upkeep",
                 "select pushpop.upkeep(t.topic, $2) from pg_catalog.unnest($1) t(topic)",
@@ -236,15 +287,18 @@ pub(crate) struct Grant {
     pub(crate) message: Message,
     pub(crate) token: Vec<u8>,
     pub(crate) lease_until: OffsetDateTime,
-    /// When the pop was sent, by the local clock: the lease began no earlier.
+    /// When the pop was sent, by the local clock.
     pub(crate) asked: Instant,
+    /// From when its statement began, which was later, until the lease ends.
+    pub(crate) lease: Duration,
 }
 
 impl Grant {
     pub(crate) fn read(topic: &str, row: &Row, asked: Instant) -> Result<Self, postgres::Error> {
-        let lease_until = row.try_get(4)?;
+        let (lease_until, began): (OffsetDateTime, OffsetDateTime) = (row.try_get(4)?, row.try_get(11)?);
         Ok(Grant {
             asked,
+            lease: (lease_until - began).try_into().unwrap_or_default(),
             token: row.try_get(3)?,
             lease_until,
             message: Message {
@@ -258,7 +312,7 @@ impl Grant {
                 fence: row.try_get(7)?,
                 pushed_at: row.try_get(8)?,
                 ready_at: row.try_get(9)?,
-                last_error: row.try_get(10)?,
+                failures: failures(row.try_get(10)?),
             },
         })
     }
@@ -290,7 +344,7 @@ impl Message {
             fence: row.try_get(6)?,
             pushed_at: row.try_get(7)?,
             ready_at,
-            last_error: row.try_get(12)?,
+            failures: failures(row.try_get(12)?),
         })
     }
 }
@@ -309,6 +363,10 @@ impl Stats {
             settled: figure(5)?,
             dead: figure(6)?,
             oldest_ready_at: row.try_get(7)?,
+            paused: row.try_get(8)?,
+            upkept_at: row.try_get(9)?,
+            upkeep_time: Duration::try_from_secs_f64(row.try_get(10)?).unwrap_or_default(),
+            upkeep_rows: figure(11)?,
         })
     }
 }
@@ -320,6 +378,21 @@ fn headers(pairs: Option<Vec<String>>) -> BTreeMap<String, String> {
         map.insert(name, value);
     }
     map
+}
+
+fn failures(texts: Option<Vec<String>>) -> Vec<Failure> {
+    let mut failures = Vec::new();
+    let mut texts = texts.unwrap_or_default().into_iter();
+    while let (Some(attempt), Some(micros), Some(error)) = (texts.next(), texts.next(), texts.next()) {
+        let micros: i128 = micros.parse().unwrap_or_default();
+        failures.push(Failure {
+            attempt: attempt.parse().unwrap_or_default(),
+            at: OffsetDateTime::from_unix_timestamp_nanos(micros * 1000)
+                .unwrap_or(OffsetDateTime::UNIX_EPOCH),
+            error,
+        });
+    }
+    failures
 }
 
 fn count(n: i32) -> u32 {
@@ -368,7 +441,7 @@ pub(crate) enum Verb {
     Discard,
     Defer(f64),
     Release,
-    /// In so many seconds again, or after the default backoff.
+    /// Without a delay, after the backoff.
     Fail {
         why: String,
         delay: Option<f64>,

@@ -32,9 +32,11 @@ pub(crate) struct Settings {
     pub(crate) pool_size: usize,
     pub(crate) operation_timeout: Duration,
     pub(crate) poll_interval: Duration,
+    /// Of a pop whose topic does not say either.
     pub(crate) lease: Duration,
     pub(crate) keep_settled: Duration,
-    pub(crate) max_attempts: Option<u16>,
+    /// Of a message whose topic does not say either; 0: without end.
+    pub(crate) max_attempts: i32,
     pub(crate) max_payload: usize,
     pub(crate) listens: bool,
 }

@@ -79,7 +79,7 @@ impl Flight<'_> {
     fn push_together(&mut self, groups: &[Group<'_, PushJob>]) -> Result<Vec<Vec<bool>>> {
         let jobs = || groups.iter().flat_map(|group| group.jobs);
         let messages: Vec<&NewMessage> = jobs().flat_map(|job| &job.messages).collect();
-        let default = self.engine.settings.max_attempts;
+        let fallback = self.engine.settings.max_attempts;
         let sender = Some(self.engine.client);
         let mut duplicates = vec![false; messages.len()];
         match groups {
@@ -95,21 +95,22 @@ impl Flight<'_> {
                         &delay,
                         &ready_at,
                         &headers_json(&message.headers),
-                        &message.max_attempts.or(default),
+                        &message.max_attempts.wanted(),
                         &sender,
+                        &fallback,
                     ],
                 )?;
                 duplicates[0] = rows.first().is_some_and(|row| row.get(1));
             }
             [Group { topic, .. }] => {
-                let batch = Batch::new(&messages, default);
-                for row in self.run(|calls| &calls.push_many, &batch.params(topic, &sender))? {
+                let batch = Batch::new(&messages);
+                for row in self.run(|calls| &calls.push_many, &batch.params(topic, &sender, &fallback))? {
                     put(&mut duplicates, row.get(0), true);
                 }
             }
             _ => {
-                let (slices, batch) = (Slices::new(groups), Batch::new(&messages, default));
-                let params = [&slices.params()[..], &batch.params(&"", &sender)[1..]].concat();
+                let (slices, batch) = (Slices::new(groups), Batch::new(&messages));
+                let params = [&slices.params()[..], &batch.params(&"", &sender, &fallback)[1..]].concat();
                 for row in self.run(|calls| &calls.push_topics, &params)? {
                     put(&mut duplicates, row.get(0), true);
                 }
@@ -206,16 +207,18 @@ impl Flight<'_> {
     /// As many messages as are asked for, in their order, for each part.
     fn pop_together(&mut self, parts: &[(&str, &Pops)]) -> Result<Vec<Vec<Grant>>> {
         let asked: Vec<i32> = parts.iter().map(|(_, pops)| asked(pops.jobs.iter())).collect();
-        let leases: Vec<f64> = parts.iter().map(|(_, pops)| pops.lease.as_secs_f64()).collect();
+        let leases: Vec<Option<f64>> =
+            parts.iter().map(|(_, pops)| pops.lease.map(|lease| lease.as_secs_f64())).collect();
+        let fallback = self.engine.settings.lease.as_secs_f64();
         let sent = Instant::now();
         let mut grants: Vec<Vec<Grant>> = parts.iter().map(|_| Vec::new()).collect();
         if let ([(topic, _)], true) = (parts, asked[0] > 0) {
-            for row in self.run(|calls| &calls.pop, &[topic, &asked[0], &leases[0]])? {
+            for row in self.run(|calls| &calls.pop, &[topic, &asked[0], &leases[0], &fallback])? {
                 grants[0].push(Grant::read(topic, &row, sent)?);
             }
         } else {
             let topics: Vec<&str> = parts.iter().map(|(topic, _)| *topic).collect();
-            for row in self.run(|calls| &calls.pop_topics, &[&topics, &asked, &leases])? {
+            for row in self.run(|calls| &calls.pop_topics, &[&topics, &asked, &leases, &fallback])? {
                 let part = usize::try_from(row.get::<_, i64>("part") - 1).unwrap_or(usize::MAX);
                 if let (Some(topic), Some(grants)) = (topics.get(part), grants.get_mut(part)) {
                     grants.push(Grant::read(topic, &row, sent)?);
@@ -317,8 +320,10 @@ impl Flight<'_> {
         let keep = self.engine.settings.keep_settled.as_secs_f64();
         let wanted: Vec<i32> =
             groups.iter().map(|group| asked(group.jobs.iter().map(|job| &job.pop))).collect();
-        let leases: Vec<f64> = groups.iter().map(|group| group.jobs[0].pop.lease.as_secs_f64()).collect();
-        let pops: [&(dyn ToSql + Sync); 2] = [&wanted, &leases];
+        let leases: Vec<Option<f64>> =
+            groups.iter().map(|group| group.jobs[0].pop.lease.map(|lease| lease.as_secs_f64())).collect();
+        let fallback = self.engine.settings.lease.as_secs_f64();
+        let pops: [&(dyn ToSql + Sync); 3] = [&wanted, &leases, &fallback];
         let params = [&slices.params()[..], &proofs.params(&keep)[..], &pops[..]].concat();
         let sent = Instant::now();
         let rows = self.run(|calls| &calls.turn, &params)?;
@@ -471,9 +476,9 @@ pub(crate) struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
-    pub(crate) fn new(messages: &[&'a NewMessage], default: Option<u16>) -> Self {
+    pub(crate) fn new(messages: &[&'a NewMessage]) -> Self {
         let due = || messages.iter().map(|m| m.due());
-        let max_attempts: Vec<Option<i32>> = messages.iter().map(|m| m.max_attempts.or(default)).collect();
+        let max_attempts: Vec<Option<i32>> = messages.iter().map(|m| m.max_attempts.wanted()).collect();
         let headers: Vec<Option<String>> = messages.iter().map(|m| headers_json(&m.headers)).collect();
         Batch {
             ids: messages.iter().map(|m| m.id).collect(),
@@ -481,8 +486,7 @@ impl<'a> Batch<'a> {
             delays: due().any(|d| d.0.is_some()).then(|| due().map(|d| d.0).collect()),
             ready_ats: due().any(|d| d.1.is_some()).then(|| due().map(|d| d.1).collect()),
             headers: headers.iter().any(Option::is_some).then_some(headers),
-            // 25 is what the functions of the schema take for granted.
-            max_attempts: max_attempts.iter().any(|m| *m != Some(25)).then_some(max_attempts),
+            max_attempts: max_attempts.iter().any(Option::is_some).then_some(max_attempts),
         }
     }
 
@@ -490,7 +494,8 @@ impl<'a> Batch<'a> {
         &'p self,
         topic: &'p &str,
         sender: &'p Option<Uuid>,
-    ) -> [&'p (dyn ToSql + Sync); 8] {
+        fallback: &'p i32,
+    ) -> [&'p (dyn ToSql + Sync); 9] {
         [
             topic,
             &self.ids,
@@ -500,6 +505,7 @@ impl<'a> Batch<'a> {
             &self.headers,
             &self.max_attempts,
             sender,
+            fallback,
         ]
     }
 }
@@ -516,11 +522,12 @@ impl Due {
 }
 
 impl Attempts {
-    pub(crate) fn or(self, default: Option<u16>) -> Option<i32> {
+    /// As the functions of the schema take it.
+    pub(crate) fn wanted(self) -> Option<i32> {
         match self {
-            Attempts::Default => default.map(i32::from),
+            Attempts::Default => None,
             Attempts::AtMost(most) => Some(i32::from(most)),
-            Attempts::Unlimited => None,
+            Attempts::Unlimited => Some(0),
         }
     }
 }

@@ -22,7 +22,8 @@ pub(crate) struct PushJob {
 #[derive(Clone)]
 pub(crate) struct PopJob {
     pub(crate) max: usize,
-    pub(crate) lease: Duration,
+    /// `None`: as the topic or the queue says.
+    pub(crate) lease: Option<Duration>,
     /// Whether it stays until there is something.
     pub(crate) waits: bool,
     /// The topics of the other lanes in which it waits: whichever has something first takes it along.
@@ -98,7 +99,7 @@ pub(crate) enum Cargo {
 /// Pops of one length of lease.
 pub(crate) struct Pops {
     pub(crate) jobs: Vec<PopJob>,
-    pub(crate) lease: Duration,
+    pub(crate) lease: Option<Duration>,
     /// Only the clock says that it is time to look.
     pub(crate) poll: bool,
     /// The server knows that somebody waits.

@@ -54,14 +54,14 @@ pub struct Lease {
 }
 
 impl Lease {
-    pub(crate) fn new(queue: &Arc<Handle>, grant: Grant, lease: Duration) -> Self {
+    pub(crate) fn new(queue: &Arc<Handle>, grant: Grant) -> Self {
         Lease {
             queue: Arc::clone(queue),
             message: grant.message,
             token: grant.token,
             until: grant.lease_until,
-            length: lease,
-            ends: grant.asked + lease,
+            length: grant.lease,
+            ends: grant.asked + grant.lease,
         }
     }
 
@@ -114,8 +114,8 @@ impl Lease {
     }
 
     /// Ends the attempt as failed. The message is popped again after 1 s, doubling with each attempt
-    /// up to 1 h, less some jitter; or is dead if this was its last attempt. `why` becomes its
-    /// [`last_error`](Message::last_error), up to 8,192 characters.
+    /// up to 1 h, or as its [topic](crate::Topic::set) says, less up to a quarter; or is dead if this was its last attempt. `why`, up to 8,192
+    /// characters of it, is kept among its [`failures`](Message::failures).
     ///
     /// # Errors
     ///

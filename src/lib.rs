@@ -150,6 +150,25 @@
 //! with their connections. Nothing has to run elsewhere: what is left to do, such as leases that
 //! expire and history that is deleted, is done by whichever clients are there.
 //!
+//! # How is a topic looked after?
+//!
+//! By [`Queue::topic`], or the SQL functions of the same names. A topic is [paused](Topic::pause) and resumed
+//! for all clients, and has [defaults](Topic::set) of its own. A message that waits is
+//! [cancelled](Topic::cancel) or [rescheduled](Topic::reschedule). Messages that are out of attempts are
+//! [listed](Topic::dead), [redriven](Topic::redrive_all) or [purged](Topic::purge_dead):
+//!
+//! ```no_run
+//! # fn main() -> Result<(), pushpop_pg::Error> {
+//! # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+//! let mail = queue.topic("mail");
+//! for message in mail.dead(100)? {
+//!     println!("{} failed {} times: {:?}", message.id(), message.attempt(), message.last_error());
+//! }
+//! println!("{} are tried again", mail.redrive_all()?);
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Does it work with an async runtime?
 //!
 //! It is a blocking library. From async code call it with the runtime's `spawn_blocking`, and have
@@ -160,7 +179,7 @@
 //!
 //! | setting | default | limit |
 //! |---|---|---|
-//! | [`lease`](Builder::lease), or [`with_lease`](Queue::with_lease) | 5 min | 1 s to 24 h |
+//! | [`with_lease`](Queue::with_lease), else that of the [topic](TopicSettings::with_lease), else [`lease`](Builder::lease) | 5 min | 1 s to 24 h |
 //! | [`pool_size`](Builder::pool_size) | 4, plus one that listens | 1 to 1,000 |
 //! | [`connect_timeout`](Builder::connect_timeout), for each host | 5 s | at least 100 ms |
 //! | [`operation_timeout`](Builder::operation_timeout) | 30 s | at least 100 ms |
@@ -168,8 +187,8 @@
 //! | [`keep_settled`](Builder::keep_settled) | 1 h | 0 (deleted when settled) to 7,900 years |
 //! | [`Worker::grace`] | 30 s | |
 //! | [`Worker::limit`] | none | |
-//! | [`max_attempts`](Builder::max_attempts), or that of the [message](NewMessage::max_attempts) | 25 | 1 to 32,767, or none |
-//! | backoff after a [failure](Lease::fail) | 1 s, doubling to 1 h, less up to a quarter | |
+//! | max attempts of the [message](NewMessage::max_attempts), else of the [topic](TopicSettings::with_max_attempts), else [`max_attempts`](Builder::max_attempts) | 25 | 1 to 32,767, or none |
+//! | backoff after a [failure](Lease::fail), or that of the [topic](TopicSettings::with_backoff) | 1 s, doubling to 1 h, less up to a quarter | 0 to 7,900 years |
 //! | [`schema`](Builder::schema) | `pushpop` | 1 to 63 bytes, not `pg_..`, no `$` |
 //! | [`application_name`](Builder::application_name) | `pushpop` | |
 //! | [`migrate`](Builder::migrate) | yes | |
@@ -187,12 +206,13 @@
 //! | payload | 16 MiB; up to 256 MiB by [`max_payload`](Builder::max_payload); may be empty |
 //! | headers of a message | 64, of 16 KiB together, no NUL |
 //! | messages and bytes in one [`push_many`](Queue::push_many) | 10,000 and 256 MiB |
-//! | messages in one [`pop_many`](Queue::pop_many) or [`peek`](Topic::peek) | 1 to 1,000 |
+//! | messages in one [`pop_many`](Queue::pop_many), [`peek`](Topic::peek) or [`dead`](Topic::dead) | 1 to 1,000 |
 //! | topics of one [`pop_any`](Queue::pop_any) | 1 to 1,000 |
 //! | threads of one handler of a [`Worker`] | 1 to 10,000 |
-//! | delay | 250,000,000,000 s, about 7,900 years |
+//! | ids in one [`redrive`](Topic::redrive) | 10,000 |
+//! | delay, backoff, age | 250,000,000,000 s, about 7,900 years |
 //! | [`ready_at`](NewMessage::ready_at) | years 2 to 9998 |
-//! | [`last_error`](Message::last_error) | 8,192 characters; longer ones are cut |
+//! | [`failures`](Message::failures) of a message | the newest 10, of 8,192 characters each; longer ones are cut |
 //! | messages and bytes in one statement | 1,000 and 16 MiB, unless one call alone has more |
 //!
 //! # Which rights does it need?
@@ -206,7 +226,17 @@
 //! grant execute on all functions in schema pushpop to worker;
 //! ```
 //!
-//! It has no rights on the tables: the functions run with those of their owner. Grant again after a
+//! A role that only watches it, by `select * from pushpop.overview \watch` in psql, or the views `in_flight`
+//! and `dead_messages`:
+//!
+//! ```sql
+//! grant connect on database app to watcher;
+//! grant usage on schema pushpop to watcher;
+//! grant select on pushpop.overview, pushpop.in_flight, pushpop.dead_messages to watcher;
+//! grant execute on function pushpop.topic_names(), pushpop.stats(text) to watcher;
+//! ```
+//!
+//! Neither has rights on the tables: functions and views read them with those of their owner. Grant again after a
 //! migration, which may bring new functions.
 //!
 //! # Which errors are there, and which are worth a retry?
@@ -290,7 +320,9 @@
 mod backoff;
 mod builder;
 mod calls;
+mod control;
 mod crew;
+mod dead;
 mod engine;
 mod error;
 mod flight;
@@ -321,10 +353,11 @@ mod worker;
 
 pub use backoff::Backoff;
 pub use builder::Builder;
+pub use control::TopicSettings;
 pub use error::{Error, ErrorKind, Result, SettleError};
 pub use job::{BoxError, Job, Outcome};
 pub use lease::Lease;
-pub use message::{Message, NewMessage, State};
+pub use message::{Failure, Message, NewMessage, State};
 pub use observer::{Abandoned, Flight, Handled, LeaseLost, Observer, Popped, Pushed, Settled, Stuck};
 pub use queue::{Iter, Queue};
 pub use stopping::{Ended, Stopper};

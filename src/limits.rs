@@ -62,6 +62,17 @@ pub(crate) fn delay(delay: Duration) -> Result<()> {
     })
 }
 
+pub(crate) fn age(age: Duration) -> Result<()> {
+    check(age <= DELAY, || format!("an age has at most {} seconds, not {}", DELAY.as_secs(), age.as_secs()))
+}
+
+pub(crate) fn backoff(first: Duration, most: Duration) -> Result<()> {
+    check(first <= most && most <= DELAY, || {
+        let longest = DELAY.as_secs();
+        format!("the first backoff is at most the longest, that {longest} seconds: not {first:?} to {most:?}")
+    })
+}
+
 pub(crate) fn ready_at(at: OffsetDateTime) -> Result<()> {
     let year = at.to_offset(time::UtcOffset::UTC).year();
     check((2..=9998).contains(&year), || {

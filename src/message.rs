@@ -46,7 +46,7 @@ pub(crate) enum Due {
 /// How often a message is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Attempts {
-    /// As the queue says.
+    /// As the topic or the queue says.
     Default,
     AtMost(u16),
     Unlimited,
@@ -110,7 +110,8 @@ impl NewMessage {
     }
 
     /// Says how often the message is tried before it is dead: 1 to 32,767, or `None` for no
-    /// limit. Default: what the queue says, which is 25 unless it was told otherwise.
+    /// limit. Default: what the [topic](crate::Topic::set) says, else the
+    /// [queue](crate::Builder::max_attempts), which says 25 unless it was told otherwise.
     pub fn max_attempts(mut self, most: impl Into<Option<u16>>) -> Self {
         self.max_attempts = match most.into() {
             Some(most) => Attempts::AtMost(most),
@@ -180,7 +181,32 @@ pub struct Message {
     pub(crate) fence: i64,
     pub(crate) pushed_at: OffsetDateTime,
     pub(crate) ready_at: OffsetDateTime,
-    pub(crate) last_error: Option<String>,
+    pub(crate) failures: Vec<Failure>,
+}
+
+/// An attempt at a message that failed, or whose lease expired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub(crate) attempt: u32,
+    pub(crate) at: OffsetDateTime,
+    pub(crate) error: String,
+}
+
+impl Failure {
+    /// The number of the attempt.
+    pub fn attempt(&self) -> u32 {
+        self.attempt
+    }
+
+    /// When it failed, by the server's clock; of a lease that expired, when that was noticed.
+    pub fn at(&self) -> OffsetDateTime {
+        self.at
+    }
+
+    /// What was said, up to 8,192 characters.
+    pub fn error(&self) -> &str {
+        &self.error
+    }
 }
 
 /// What has become of a message, as of the moment it was looked at.
@@ -206,7 +232,7 @@ pub enum State {
         /// When it will be deleted, or soon after.
         until: OffsetDateTime,
     },
-    /// It was discarded.
+    /// It was discarded, or [cancelled](crate::Topic::cancel).
     Discarded {
         /// When that was.
         at: OffsetDateTime,
@@ -296,7 +322,12 @@ impl Message {
 
     /// What was said when it failed last.
     pub fn last_error(&self) -> Option<&str> {
-        self.last_error.as_deref()
+        self.failures.last().map(Failure::error)
+    }
+
+    /// Its failures, oldest first: the newest ten.
+    pub fn failures(&self) -> &[Failure] {
+        &self.failures
     }
 }
 

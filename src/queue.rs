@@ -40,7 +40,8 @@ use crate::span;
 #[derive(Clone)]
 pub struct Queue {
     pub(crate) handle: Arc<Handle>,
-    pub(crate) lease: Duration,
+    /// That of its pops; `None`: as the topic or the builder says.
+    pub(crate) lease: Option<Duration>,
 }
 
 /// The engine, as long as somebody holds a queue or a lease.
@@ -94,8 +95,8 @@ impl Queue {
         Builder::default()
     }
 
-    /// The same queue with another length of lease, for all forms of pop: 1 s to 24 h. A length
-    /// outside these limits is refused by the pop.
+    /// The same queue with another length of lease, for all forms of pop: 1 s to 24 h. It goes before
+    /// what the topic says. A length outside these limits is refused by the pop.
     ///
     /// ```no_run
     /// # use std::time::Duration;
@@ -108,7 +109,7 @@ impl Queue {
     #[must_use]
     #[doc(alias = "visibility")]
     pub fn with_lease(&self, lease: Duration) -> Queue {
-        Queue { handle: Arc::clone(&self.handle), lease }
+        Queue { handle: Arc::clone(&self.handle), lease: Some(lease) }
     }
 
     /// Ends waiting pops with [`Closed`](crate::ErrorKind::Closed), and iterators. Afterwards pushes,
@@ -254,7 +255,7 @@ impl Queue {
         let during = |e: Error| e.during("push", Some(topic));
         limits::topic(topic).map_err(during)?;
         self.check_messages(std::slice::from_ref(&message)).map_err(during)?;
-        let default = self.engine().settings.max_attempts;
+        let fallback = self.engine().settings.max_attempts;
         let (delay, ready_at) = message.due();
         self.engine()
             .calls
@@ -268,8 +269,9 @@ impl Queue {
                     &delay,
                     &ready_at,
                     &crate::calls::headers_json(&message.headers),
-                    &message.max_attempts.or(default),
+                    &message.max_attempts.wanted(),
                     &None::<Uuid>,
+                    &fallback,
                 ],
             )
             .map_err(during)?;
@@ -407,7 +409,7 @@ impl Queue {
 
     pub(crate) fn ask_any(&self, topics: &[impl AsRef<str>]) -> Result<Arc<Slot<Vec<Grant>>>> {
         limits::topics(topics)?;
-        limits::lease(self.lease)?;
+        self.lease.map_or(Ok(()), limits::lease)?;
         let mut names: Vec<Arc<str>> = Vec::new();
         for topic in topics {
             if !names.iter().any(|name| **name == *topic.as_ref()) {
@@ -423,7 +425,7 @@ impl Queue {
 
     fn ask(&self, topic: &str, max: usize, waits: bool) -> Result<Arc<Slot<Vec<Grant>>>> {
         limits::topic(topic)?;
-        limits::lease(self.lease)?;
+        self.lease.map_or(Ok(()), limits::lease)?;
         limits::batch(max)?;
         let slot = Arc::new(Slot::new());
         self.engine().pop(topic, self.pop_job(max, waits, &slot))?;
@@ -435,7 +437,7 @@ impl Queue {
     }
 
     pub(crate) fn leases(&self, grants: Vec<Grant>) -> Vec<Lease> {
-        grants.into_iter().map(|grant| Lease::new(&self.handle, grant, self.lease)).collect()
+        grants.into_iter().map(|grant| Lease::new(&self.handle, grant)).collect()
     }
 
     /// Pops messages one after the other, waiting for each; ends when the queue is closed.

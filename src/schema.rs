@@ -23,6 +23,9 @@ const MIGRATIONS: &[Migration] = &[Migration {
         include_str!("../sql/0001/look.sql"),
         include_str!("../sql/0001/stats.sql"),
         include_str!("../sql/0001/upkeep.sql"),
+        include_str!("../sql/0001/dead.sql"),
+        include_str!("../sql/0001/control.sql"),
+        include_str!("../sql/0001/views.sql"),
         include_str!("../sql/0001/rights.sql"),
     ],
 }];
@@ -91,7 +94,8 @@ impl Schema {
     }
 
     fn migration_sql(&self, migration: &Migration) -> String {
-        let mut sql = String::new();
+        // Views and defaults are bound when they are made: to nothing of the installer's own.
+        let mut sql = String::from("set local search_path = pg_catalog, pg_temp;\n\n");
         for file in migration.files {
             sql.push_str(&self.localize(file));
             sql.push('\n');

@@ -1,13 +1,19 @@
 //! The operator's side of a topic.
 
+use std::time::Duration;
+
+use postgres::Row;
+use postgres::types::ToSql;
 use time::OffsetDateTime;
 
+use crate::calls::Calls;
 use crate::error::{Error, Result};
 use crate::limits;
+use crate::link::Call;
 use crate::message::Message;
 use crate::queue::Queue;
 
-/// One topic, as its operator sees it: figures, a look at what waits, a purge.
+/// One topic, as its operator sees it: figures, a look at what waits, its settings, dead letters, a purge.
 ///
 /// ```no_run
 /// # fn main() -> Result<(), pushpop_pg::Error> {
@@ -37,6 +43,10 @@ pub struct Stats {
     pub(crate) settled: u64,
     pub(crate) dead: u64,
     pub(crate) oldest_ready_at: Option<OffsetDateTime>,
+    pub(crate) paused: bool,
+    pub(crate) upkept_at: Option<OffsetDateTime>,
+    pub(crate) upkeep_time: Duration,
+    pub(crate) upkeep_rows: u64,
 }
 
 impl Stats {
@@ -77,8 +87,29 @@ impl Stats {
     }
 
     /// How long the oldest ready message could have been popped.
-    pub fn oldest_ready_age(&self) -> Option<std::time::Duration> {
+    pub fn oldest_ready_age(&self) -> Option<Duration> {
         self.oldest_ready_at.map(|since| (self.at - since).try_into().unwrap_or_default())
+    }
+
+    /// Whether the topic is [paused](Topic::pause). Its ready messages may be popped once it is resumed.
+    pub fn paused(&self) -> bool {
+        self.paused
+    }
+
+    /// When upkeep of the topic was done last, by whichever client: old history deleted, and messages
+    /// of expired leases given back.
+    pub fn upkept_at(&self) -> Option<OffsetDateTime> {
+        self.upkept_at
+    }
+
+    /// How much time of the server upkeep has taken so far, in all.
+    pub fn upkeep_time(&self) -> Duration {
+        self.upkeep_time
+    }
+
+    /// How many messages upkeep has deleted or given back so far.
+    pub fn upkeep_rows(&self) -> u64 {
+        self.upkeep_rows
     }
 }
 
@@ -88,7 +119,8 @@ impl Queue {
         Topic { queue: self, name }
     }
 
-    /// The figures of all topics in which a message is stored, in the order of their names.
+    /// The figures of all topics in which a message is stored, or that have settings, in the order of
+    /// their names.
     ///
     /// Its cost grows with the number of topics.
     ///
@@ -118,14 +150,14 @@ impl Topic<'_> {
     /// [`Invalid`](crate::ErrorKind::Invalid) for a topic outside the limits; whatever is wrong with
     /// the connection.
     pub fn stats(&self) -> Result<Stats> {
-        let topic = self.checked("stats")?;
-        self.queue
-            .call(move |engine, link, deadline| {
-                let rows = link.run(deadline, &engine.calls.stats, &[&topic])?;
+        self.ask(
+            |calls| &calls.stats,
+            vec![],
+            |rows| {
                 let row = rows.first().ok_or_else(Error::panicked)?;
-                Stats::read(row).map_err(Error::from)
-            })
-            .map_err(|e| e.during("stats", Some(self.name)))
+                Ok(Stats::read(row)?)
+            },
+        )
     }
 
     /// The first `max` messages that wait, 1 to 1,000, in the order in which they will be popped:
@@ -135,15 +167,7 @@ impl Topic<'_> {
     ///
     /// Those of [`stats`](Self::stats).
     pub fn peek(&self, max: usize) -> Result<Vec<Message>> {
-        let topic = self.checked("peek")?;
-        limits::batch(max).map_err(|e| e.during("peek", Some(self.name)))?;
-        let most = i32::try_from(max).unwrap_or(i32::MAX);
-        self.queue
-            .call(move |engine, link, deadline| {
-                let rows = link.run(deadline, &engine.calls.peek, &[&topic, &most])?;
-                rows.iter().map(|row| Message::read(&topic, row).map_err(Error::from)).collect()
-            })
-            .map_err(|e| e.during("peek", Some(self.name)))
+        self.look(|calls| &calls.peek, max)
     }
 
     /// Deletes all messages that wait, ready and delayed, and returns how many. Leased ones stay, to
@@ -156,26 +180,61 @@ impl Topic<'_> {
     ///
     /// Those of [`stats`](Self::stats).
     pub fn purge(&self) -> Result<u64> {
-        let topic = self.checked("purge")?;
+        self.in_steps(|| self.ask(|calls| &calls.purge, vec![], count))
+    }
+
+    pub(crate) fn keep_settled(&self) -> Duration {
+        self.queue.engine().settings.keep_settled
+    }
+
+    /// Asks for up to `max` messages.
+    pub(crate) fn look(&self, call: Which, max: usize) -> Result<Vec<Message>> {
+        let name = call(&self.queue.engine().calls).name;
+        limits::batch(max).map_err(|e| e.during(name, Some(self.name)))?;
+        let most = i32::try_from(max).unwrap_or(i32::MAX);
+        self.ask(call, vec![Box::new(most)], |rows| {
+            rows.iter().map(|row| Message::read(self.name, row).map_err(Error::from)).collect()
+        })
+    }
+
+    /// Repeats a step until it finds nothing more to do; returns how many messages it was.
+    pub(crate) fn in_steps(&self, mut step: impl FnMut() -> Result<u64>) -> Result<u64> {
         let mut total = 0;
         loop {
-            let topic = topic.clone();
-            let deleted = self
-                .queue
-                .call(move |engine, link, deadline| {
-                    let rows = link.run(deadline, &engine.calls.purge, &[&topic])?;
-                    Ok(rows.first().map_or(0, |row| row.get::<_, i64>(0)))
-                })
-                .map_err(|e| e.during("purge", Some(self.name)))?;
-            if deleted == 0 {
-                return Ok(total);
+            match step()? {
+                0 => return Ok(total),
+                done => total += done,
             }
-            total += u64::try_from(deleted).unwrap_or_default();
         }
     }
 
-    fn checked(&self, operation: &'static str) -> Result<String> {
-        limits::topic(self.name).map_err(|e| e.during(operation, Some(self.name)))?;
-        Ok(self.name.to_owned())
+    /// Runs a call about this topic, which is its first parameter, and reads what it returns.
+    pub(crate) fn ask<R>(
+        &self,
+        call: Which,
+        rest: Vec<Box<dyn ToSql + Send + Sync>>,
+        read: impl FnOnce(Vec<Row>) -> Result<R>,
+    ) -> Result<R> {
+        let name = call(&self.queue.engine().calls).name;
+        let topic = self.name.to_owned();
+        limits::topic(self.name)
+            .and_then(|()| {
+                self.queue.call(move |engine, link, deadline| {
+                    let mut params: Vec<&(dyn ToSql + Sync)> = vec![&topic];
+                    params.extend(rest.iter().map(|param| param.as_ref() as &(dyn ToSql + Sync)));
+                    link.run(deadline, call(&engine.calls), &params)
+                })
+            })
+            .and_then(read)
+            .map_err(|e| e.during(name, Some(self.name)))
     }
+}
+
+/// One of the calls.
+pub(crate) type Which = fn(&Calls) -> &Call;
+
+/// The number of messages that a call says it has dealt with.
+pub(crate) fn count(rows: Vec<Row>) -> Result<u64> {
+    let count = rows.first().map_or(Ok(0), |row| row.try_get::<_, i64>(0))?;
+    Ok(u64::try_from(count).unwrap_or_default())
 }

@@ -12,12 +12,25 @@ CREATE TYPE pushpop.message AS (
 	lease_until timestamp with time zone,
 	done_at timestamp with time zone,
 	delete_at timestamp with time zone,
-	last_error text
+	last_error text,
+	failures jsonb
 );
-CREATE FUNCTION pushpop.backoff(attempt integer) RETURNS double precision
+CREATE FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) RETURNS jsonb
+    LANGUAGE sql STABLE
+    AS $$
+  select case when jsonb_array_length(failures) < 10 then failures
+              when failures is null then '[]' else failures - 0 end
+         || jsonb_build_array(jsonb_build_object(
+              'attempt', attempt,
+              'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+              'error', coalesce(left(error, 8192), '')))
+$$;
+CREATE FUNCTION pushpop.backoff(topic text, attempt integer) RETURNS double precision
     LANGUAGE sql
     AS $$
-  select least(3600, power(2, least(backoff.attempt - 1, 12))) * (1 - 0.25 * random())
+  select least(coalesce(t.backoff_most, 3600), coalesce(t.backoff_first, 1) * power(2, least(backoff.attempt - 1, 100)))
+         * (1 - 0.25 * random())
+  from (select) one left join "pushpop".topics t on t.topic = backoff.topic
 $$;
 CREATE FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) RETURNS boolean
     LANGUAGE plpgsql
@@ -40,6 +53,45 @@ CREATE FUNCTION pushpop.bottom(topic text) RETURNS timestamp with time zone
     (select b.ready_at from "pushpop".behind b where b.topic = bottom.topic order by b.ready_at, b.id limit 1)
   ), '-infinity')
 $$;
+CREATE FUNCTION pushpop.cancel(topic text, id uuid, keep double precision DEFAULT 3600) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment timestamptz;
+begin
+  perform "pushpop".check_topic(cancel.topic), "pushpop".check_keep(keep);
+  if ("pushpop".take_waiting(cancel.topic, cancel.id)).fence is null then
+    perform from "pushpop".messages m where m.topic = cancel.topic and m.id = cancel.id and m.state = 'k';
+    return found;
+  end if;
+  moment := clock_timestamp();
+  if keep > 0 then
+    update "pushpop".messages m
+    set state = 'k', done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = cancel.topic and m.id = cancel.id;
+    insert into "pushpop".history (topic, delete_at, id, n, ids)
+    values (cancel.topic, moment + keep * interval '1 second', cancel.id, 1, array[cancel.id]);
+  else
+    delete from "pushpop".messages m where m.topic = cancel.topic and m.id = cancel.id;
+  end if;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return true;
+end
+$$;
 CREATE FUNCTION pushpop.check_arrays(wanted integer, others integer[]) RETURNS void
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -48,6 +100,15 @@ begin
     perform "pushpop".refuse(format('a batch has 1 to 10000 elements, not %s', coalesce(wanted, 0)));
   elsif not (wanted = all (array_remove(others, null))) then
     perform "pushpop".refuse('the arrays of a batch have the same length');
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_attempts(attempts integer) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if attempts not between 0 and 32767 then
+    perform "pushpop".refuse(format('a message has 1 to 32767 attempts, or 0 for no limit, not %s', attempts));
   end if;
 end
 $$;
@@ -68,6 +129,15 @@ begin
     perform "pushpop".refuse(format('a message has at most 64 headers, not %s', entries));
   elsif bytes > 16384 then
     perform "pushpop".refuse(format('the headers of a message have at most 16384 bytes, not %s', bytes));
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.check_keep(keep double precision) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if (keep >= 0 and keep <= 250000000000) is not true then
+    perform "pushpop".refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
   end if;
 end
 $$;
@@ -97,9 +167,8 @@ begin
     perform "pushpop".refuse(format('a message is ready between the years 1 and 9999, not at %s', ready_at));
   elsif delay is not null and ready_at is not null then
     perform "pushpop".refuse('a message has a delay or a time, not both');
-  elsif max_attempts not between 1 and 32767 then
-    perform "pushpop".refuse(format('a message has 1 to 32767 attempts, or null for no limit, not %s', max_attempts));
   end if;
+  perform "pushpop".check_attempts(max_attempts);
   if headers is not null then
     perform "pushpop".check_headers(headers);
   end if;
@@ -111,10 +180,9 @@ CREATE FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[]
 begin
   perform "pushpop".check_arrays(cardinality(ids), array[coalesce(cardinality(tokens), 0), coalesce(cardinality(outcomes), 0),
                                                        cardinality(delays), cardinality(errors)]);
+  perform "pushpop".check_keep(keep);
   if not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
     perform "pushpop".refuse('an outcome is one of complete, discard, defer, release, fail, extend');
-  elsif keep is null or not (keep >= 0 and keep <= 250000000000) then
-    perform "pushpop".refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
   elsif outcomes && '{defer,fail,extend}' then
     perform "pushpop".refuse(format('a delay has 0 to 250000000000 seconds, not %s', coalesce(u.delay::text, 'null')))
     from unnest(outcomes, delays) u(outcome, delay)
@@ -138,6 +206,45 @@ CREATE FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double p
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'complete', null, null, keep) $$;
+CREATE FUNCTION pushpop.dead_letters(topic text, max integer DEFAULT 100, before timestamp with time zone DEFAULT 'infinity'::timestamp with time zone, before_id uuid DEFAULT NULL::uuid) RETURNS SETOF pushpop.message
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(dead_letters.topic);
+  if max is null or max not between 1 and 1000 then
+    perform "pushpop".refuse(format('a look shows 1 to 1000 dead messages, not %s', coalesce(max::text, 'null')));
+  elsif before is null then
+    perform "pushpop".refuse('the time before which messages died is not null');
+  end if;
+  -- Those that died by a lease which ended just now belong to them.
+  if current_setting('transaction_read_only') = 'off' then
+    perform "pushpop".reclaim(dead_letters.topic, clock_timestamp(), 1000);
+  end if;
+  return query
+    select m.id, m.payload, m.headers, 'dead', m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at,
+           null::timestamptz, m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
+    from (
+      select d.id from "pushpop".dead d
+      where d.topic = dead_letters.topic
+        and (d.died_at, d.id) < (before, coalesce(before_id, '00000000-0000-0000-0000-000000000000'))
+      order by d.died_at desc, d.id desc limit max
+    ) d
+    cross join lateral (
+      select m.* from "pushpop".messages m where m.topic = dead_letters.topic and m.id = d.id offset 0
+    ) m;
+end
+$$;
 CREATE FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -183,7 +290,8 @@ begin
   -- neither has a lease that ended, and waits to be reclaimed.
   return query
     select m.id, m.payload, m.headers,
-           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state = 'z' then 'dead'
+           case when m.state = 'c' then 'completed' when m.state in ('x', 'k') then 'discarded'
+             when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
              when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,
@@ -191,7 +299,7 @@ begin
            m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
            case when l.lease_until > moment then l.lease_until end,
            coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
-           m.delete_at, m.last_error
+           m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from "pushpop".messages m
     left join lateral (
       select true as waiting from "pushpop".runs q
@@ -222,9 +330,10 @@ begin
       attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
       ready_at   = case outcome
                      when 'defer' then moment + delay * interval '1 second'
-                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(m.attempt + 1)) * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(give_back.topic, m.attempt + 1)) * interval '1 second'
                      else m.ready_at end,
-      last_error = case when outcome in ('fail', 'expire') then left(error, 8192) else m.last_error end
+      failures   = case when outcome in ('fail', 'expire') then "pushpop".add_failure(m.failures, m.attempt + 1, moment, error)
+                     else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
     and m.state in ('p', 'd', 'r', 'f', 'e')
   returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
@@ -233,7 +342,8 @@ begin
     return false;
   end if;
   if message.dead then
-    update "pushpop".messages m set state = 'z', done_at = moment
+    update "pushpop".messages m
+    set state = case outcome when 'expire' then 'y' else 'z' end::"char", done_at = moment
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
@@ -320,7 +430,15 @@ CREATE TABLE pushpop.topics (
     deleted_to timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
     cleared_at timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
     wanted_until timestamp with time zone DEFAULT '-infinity'::timestamp with time zone NOT NULL,
-    wanted_by uuid
+    wanted_by uuid,
+    upkept_at timestamp with time zone,
+    upkeep_time interval DEFAULT '00:00:00'::interval NOT NULL,
+    upkeep_rows bigint DEFAULT 0 NOT NULL,
+    paused boolean DEFAULT false NOT NULL,
+    lease interval,
+    max_attempts smallint,
+    backoff_first double precision,
+    backoff_most double precision
 )
 WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.2', autovacuum_vacuum_threshold='200');
 CREATE FUNCTION pushpop.lock_topic(topic text) RETURNS pushpop.topics
@@ -414,6 +532,22 @@ begin
   where t.topic = note_look.topic;
 end
 $$;
+CREATE FUNCTION pushpop.pause(topic text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(pause.topic);
+  perform "pushpop".lock_topic(pause.topic);
+  insert into "pushpop".topics as t (topic, paused) values (pause.topic, true)
+  on conflict (topic) do update set paused = true;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
+$$;
 CREATE FUNCTION pushpop.peek(topic text, max integer DEFAULT 10) RETURNS SETOF pushpop.message
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -434,7 +568,7 @@ begin
   return query
     select m.id, m.payload, m.headers, case when m.ready_at > moment then 'delayed' else 'ready' end,
            m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
-           m.done_at, m.delete_at, m.last_error
+           m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
       select q.ids from "pushpop".runs q where q.topic = peek.topic and q.ready_at >= start
       order by q.ready_at, q.pushed_at, q.place, q.id limit max
@@ -446,7 +580,7 @@ begin
     limit max;
 end
 $$;
-CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text)
+CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT NULL::double precision, fallback double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -469,24 +603,26 @@ declare
   n      integer;
   keys   bytea[];
 begin
-  if octet_length(pop.topic) between 1 and 255 is not true then
-    perform "pushpop".check_topic(pop.topic);
+  if (octet_length(pop.topic) between 1 and 255 and coalesce(lease, 1) between 1 and 86400
+      and fallback between 1 and 86400) is not true then
+    perform "pushpop".check_topic(pop.topic), "pushpop".lease_interval(coalesce(lease, 1)), "pushpop".lease_interval(fallback);
   end if;
   if max is null or max not between 1 and 1000 then
     perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  until := moment + case when lease between 1 and 86400 then lease * interval '1 second'
-                         else "pushpop".lease_interval(lease) end;
-  select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
-  if not found or known.looked_at not between moment - interval '1 second' and moment then
+  select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
+  if known.paused then
+    return;
+  elsif not found or known.looked_at not between moment - interval '1 second' and moment then
     perform "pushpop".reclaim(pop.topic, moment, 1000);
     -- To move the mark on costs more than a pop does. Where many are popped, upkeep does it every second.
     if known.looked_at is null or known.looked_at not between moment - interval '10 seconds' and moment
        or exists (select from "pushpop".behind b where b.topic = pop.topic) then
       perform "pushpop".note_look(pop.topic, moment);
-      select t.low, t.looked_at, t.swept_at into known from "pushpop".topics t where t.topic = pop.topic;
+      select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
     end if;
   end if;
+  until := moment + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   start := coalesce(known.low, '-infinity');
   taken := "pushpop".take_runs(pop.topic, start, moment, max);
   -- Nothing there: look at everything, first at what lies behind the mark.
@@ -510,8 +646,8 @@ begin
     insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
     values (pop.topic, token, until, 1, taken.ids, taken.fences);
     select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
-           m.fence + 1, m.pushed_at, m.ready_at, m.last_error
-    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+           m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
+    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
     from "pushpop".messages m where m.topic = pop.topic and m.id = taken.ids[1];
     return next;
   else
@@ -525,10 +661,11 @@ begin
     return query
       select m.id, m.payload, m.headers,
              keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at,
+             m.failures -> -1 ->> 'error', m.failures
       from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
       cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.failures
         from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
       ) m;
   end if;
@@ -612,7 +749,56 @@ begin
   return counted;
 end
 $$;
-CREATE FUNCTION pushpop.push(topic text, payload bytea, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT 25, sender uuid DEFAULT NULL::uuid, OUT pushed uuid, OUT duplicate boolean) RETURNS record
+CREATE FUNCTION pushpop.purge_dead(topic text, age double precision DEFAULT 0, max integer DEFAULT 10000) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    AS $$
+#variable_conflict use_column
+declare
+  moment  timestamptz := clock_timestamp();
+  until   timestamptz;
+  ids     uuid[];
+  locked  tid[];
+  counted bigint;
+begin
+  perform "pushpop".check_topic(purge_dead.topic);
+  if (age >= 0 and age <= 250000000000) is not true then
+    perform "pushpop".refuse(format('an age has 0 to 250000000000 seconds, not %s', coalesce(age::text, 'null')));
+  elsif max is null or max not between 1 and 100000 then
+    perform "pushpop".refuse(format('a purge deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+  perform "pushpop".reclaim(purge_dead.topic, moment, 1000);
+  -- Nothing is older than a thousand years.
+  until := case when age < 31557600000 then moment - age * interval '1 second' else '-infinity' end;
+  select array_agg(d.id), array_agg(d.tid) into ids, locked
+  from (
+    select d.id, d.ctid as tid from "pushpop".dead d
+    where d.topic = purge_dead.topic and d.died_at <= until
+    order by d.died_at, d.id limit max for update skip locked
+  ) d;
+  delete from "pushpop".messages m
+  where m.topic = purge_dead.topic and m.state in ('z', 'y') and m.ctid = any (array(
+    select m.tid from unnest(ids) u(id)
+    cross join lateral (
+      select m.ctid as tid from "pushpop".messages m where m.topic = purge_dead.topic and m.id = u.id offset 0
+    ) m));
+  get diagnostics counted = row_count;
+  delete from "pushpop".dead d where d.topic = purge_dead.topic and d.ctid = any (locked);
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return counted;
+end
+$$;
+CREATE FUNCTION pushpop.push(topic text, payload bytea, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT NULL::integer, sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25, OUT pushed uuid, OUT duplicate boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
@@ -626,15 +812,17 @@ begin
   if (octet_length(push.topic) between 1 and 255 and octet_length(push.payload) <= 16777216) is not true then
     perform "pushpop".check_topic(push.topic), "pushpop".check_payload(push.payload);
   end if;
-  if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
-    perform "pushpop".check_push(delay, ready_at, headers, max_attempts);
+  if delay is not null or ready_at is not null or headers is not null or max_attempts is not null or fallback is distinct from 25 then
+    perform "pushpop".check_push(delay, ready_at, headers, max_attempts), "pushpop".check_attempts(fallback);
   end if;
   pushed := coalesce(push.id, "pushpop".new_id());
+  select t.wanted_until, t.wanted_by, t.max_attempts into known from "pushpop".topics t where t.topic = push.topic;
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
   due := coalesce(push.ready_at, stamped + coalesce(push.delay, 0) * interval '1 second');
   insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
-  values (push.topic, pushed, push.payload, push.headers, push.max_attempts, 1, stamped, due)
+  values (push.topic, pushed, push.payload, push.headers,
+          nullif(coalesce(push.max_attempts, known.max_attempts, push.fallback), 0), 1, stamped, due)
   on conflict (topic, id) do nothing;
   duplicate := not found;
   if duplicate then
@@ -645,7 +833,6 @@ begin
     if push.ready_at is not null and due <= stamped then
       insert into "pushpop".behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
     end if;
-    select t.wanted_until, t.wanted_by into known from "pushpop".topics t where t.topic = push.topic;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push.topic);
     end if;
@@ -655,7 +842,7 @@ begin
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid) RETURNS SETOF integer
+CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25) RETURNS SETOF integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
@@ -668,8 +855,9 @@ declare
   places  integer[];  -- of those that were stored; null: all
   stamped timestamptz;
   known   record;
+  most    integer;    -- attempts of a message that does not say
 begin
-  perform "pushpop".check_topic(push_many.topic);
+  perform "pushpop".check_topic(push_many.topic), "pushpop".check_attempts(fallback);
   perform "pushpop".check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
                                              cardinality(headers), cardinality(max_attempts)]);
   if array_position(ids, null) is not null then
@@ -678,7 +866,7 @@ begin
   if wanted = 1 then
     return query
       select 1 from "pushpop".push(push_many.topic, payloads[1], ids[1], delays[1], ready_ats[1], headers[1],
-                                 case when push_many.max_attempts is null then 25 else push_many.max_attempts[1] end, sender) p
+                                 push_many.max_attempts[1], sender, fallback) p
       where p.duplicate;
     return;
   end if;
@@ -688,6 +876,8 @@ begin
     perform "pushpop".check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
   end if;
+  select t.wanted_until, t.wanted_by, t.max_attempts into known from "pushpop".topics t where t.topic = push_many.topic;
+  most := coalesce(known.max_attempts, fallback);
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
   -- In the order of the ids, so that two batches with the same ones cannot deadlock. Looking for
@@ -695,12 +885,12 @@ begin
   begin
     if simple then
       insert into "pushpop".messages (topic, id, payload, max_attempts, place, pushed_at, ready_at)
-      select push_many.topic, u.id, u.payload, 25, u.place, stamped, stamped
+      select push_many.topic, u.id, u.payload, nullif(most, 0), u.place, stamped, stamped
       from unnest(ids, payloads) with ordinality u(id, payload, place) order by u.id;
     else
       insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
       select push_many.topic, u.id, u.payload, u.headers,
-             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             nullif(coalesce(u.max_attempts, most), 0), u.place, stamped,
              coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
       from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
              with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id;
@@ -709,7 +899,7 @@ begin
     with stored as (
       insert into "pushpop".messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
       select push_many.topic, u.id, u.payload, u.headers,
-             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             nullif(coalesce(u.max_attempts, most), 0), u.place, stamped,
              coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
       from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
              with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id, u.place
@@ -741,7 +931,6 @@ begin
     on conflict do nothing;
   end if;
   if places is null or cardinality(places) > 0 then
-    select t.wanted_until, t.wanted_by into known from "pushpop".topics t where t.topic = push_many.topic;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push_many.topic);
     end if;
@@ -809,6 +998,80 @@ begin
   return count;
 end
 $$;
+CREATE FUNCTION pushpop.redrive(topic text, ids uuid[]) RETURNS bigint
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  one    record;
+  letter tid;
+  locked tid[];
+  dead_ids uuid[];
+begin
+  perform "pushpop".check_topic(redrive.topic);
+  perform "pushpop".check_arrays(cardinality(ids), '{}');
+  perform "pushpop".reclaim(redrive.topic, clock_timestamp(), 1000);
+  for one in
+    select m.id, m.done_at from (select distinct u.id from unnest(ids) u(id)) u
+    cross join lateral (
+      select m.id, m.done_at from "pushpop".messages m
+      where m.topic = redrive.topic and m.id = u.id and m.state in ('z', 'y') offset 0
+    ) m
+    order by m.done_at, m.id
+  loop
+    select d.ctid into letter from "pushpop".dead d
+    where d.topic = redrive.topic and d.died_at = one.done_at and d.id = one.id for update;
+    if found then
+      locked := locked || letter;
+      dead_ids := dead_ids || one.id;
+    end if;
+  end loop;
+  return "pushpop".revive(redrive.topic, dead_ids, locked);
+end
+$$;
+CREATE FUNCTION pushpop.redrive_all(topic text, INOUT until timestamp with time zone DEFAULT NULL::timestamp with time zone, max integer DEFAULT 1000, OUT redriven bigint) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  ids    uuid[];
+  locked tid[];
+begin
+  perform "pushpop".check_topic(redrive_all.topic);
+  if max is null or max not between 1 and 10000 then
+    perform "pushpop".refuse(format('1 to 10000 messages are redriven at a time, not %s', coalesce(max::text, 'null')));
+  end if;
+  perform "pushpop".reclaim(redrive_all.topic, clock_timestamp(), 1000);
+  until := coalesce(until, clock_timestamp());
+  select array_agg(d.id), array_agg(d.tid) into ids, locked
+  from (
+    select d.id, d.ctid as tid from "pushpop".dead d
+    where d.topic = redrive_all.topic and d.died_at <= until
+    order by d.died_at, d.id limit max for update skip locked
+  ) d;
+  redriven := "pushpop".revive(redrive_all.topic, ids, locked);
+end
+$$;
 CREATE FUNCTION pushpop.refuse(what text) RETURNS void
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -820,11 +1083,132 @@ CREATE FUNCTION pushpop.release(topic text, id uuid, token bytea) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'release', null, null, 0) $$;
+CREATE FUNCTION pushpop.reschedule(topic text, id uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone) RETURNS boolean
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  message record;
+  stamped timestamptz;
+  due     timestamptz;
+begin
+  perform "pushpop".check_topic(reschedule.topic), "pushpop".check_push(delay, ready_at, null, null);
+  message := "pushpop".take_waiting(reschedule.topic, reschedule.id);
+  if message.fence is null then
+    return false;
+  end if;
+  -- As a push does, with its lock.
+  lock table "pushpop".messages in row exclusive mode;
+  stamped := clock_timestamp();
+  due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
+  update "pushpop".messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
+  insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+  values (reschedule.topic, due, message.pushed_at, message.place, 1, message.fence, reschedule.id, array[reschedule.id]);
+  if due <= stamped then
+    insert into "pushpop".behind (topic, ready_at, id) values (reschedule.topic, due, reschedule.id) on conflict do nothing;
+  end if;
+  perform pg_notify('pushpop', reschedule.topic);
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return true;
+end
+$$;
+CREATE FUNCTION pushpop.resume(topic text) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(resume.topic);
+  update "pushpop".topics t set paused = false where t.topic = resume.topic and t.paused;
+  if found then
+    perform pg_notify('pushpop', resume.topic);
+  end if;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
+$$;
+CREATE FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) RETURNS bigint
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  stamped timestamptz;
+  counted bigint;
+begin
+  if locked is null then
+    return 0;
+  end if;
+  -- Stamped under the lock of a push, so that no mark can have passed it.
+  lock table "pushpop".messages in row exclusive mode;
+  stamped := clock_timestamp();
+  with revived as (
+    update "pushpop".messages m
+    set state = case m.state when 'y' then 'e' else 'f' end::"char", attempt = 0, done_at = null, ready_at = stamped
+    where m.topic = revive.topic and m.state in ('z', 'y') and m.ctid = any (array(
+      select m.tid from unnest(ids) u(id)
+      cross join lateral (
+        select m.ctid as tid from "pushpop".messages m where m.topic = revive.topic and m.id = u.id offset 0
+      ) m))
+    returning m.id, m.pushed_at, m.place, m.fence
+  )
+  insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+  select revive.topic, stamped, r.pushed_at, r.place, 1, r.fence, r.id, array[r.id] from revived r;
+  get diagnostics counted = row_count;
+  delete from "pushpop".dead d where d.topic = revive.topic and d.ctid = any (locked);
+  perform pg_notify('pushpop', revive.topic);
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+  return counted;
+end
+$$;
 CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) RETURNS record
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$
   select m.version, m.oldest_crate from "pushpop".migrations m order by m.version desc limit 1
+$$;
+CREATE FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) RETURNS void
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+declare
+  first double precision := coalesce(set_topic.backoff_first, 1);
+  most  double precision := coalesce(set_topic.backoff_most, 3600);
+begin
+  perform "pushpop".check_topic(set_topic.topic), "pushpop".lease_interval(coalesce(set_topic.lease, 1)),
+          "pushpop".check_attempts(set_topic.max_attempts);
+  if not (first >= 0 and first <= most and most <= 250000000000) then
+    perform "pushpop".refuse(format('a backoff has 0 to 250000000000 seconds, first no more than most, not %s to %s', first, most));
+  end if;
+  perform "pushpop".lock_topic(set_topic.topic);
+  insert into "pushpop".topics as t (topic, lease, max_attempts, backoff_first, backoff_most)
+  values (set_topic.topic, set_topic.lease * interval '1 second', set_topic.max_attempts,
+          set_topic.backoff_first, set_topic.backoff_most)
+  on conflict (topic) do update
+  set lease = excluded.lease, max_attempts = excluded.max_attempts,
+      backoff_first = excluded.backoff_first, backoff_most = excluded.backoff_most;
+  if current_setting('synchronous_commit') = 'off' then
+    perform "pushpop".make_durable();
+  end if;
+end
 $$;
 CREATE FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) RETURNS integer[]
     LANGUAGE plpgsql
@@ -1054,7 +1438,7 @@ begin
   return true;
 end
 $$;
-CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) RETURNS record
+CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -1077,6 +1461,14 @@ declare
 begin
   perform "pushpop".check_topic(stats.topic);
   at := clock_timestamp();
+  select t.paused, t.upkept_at, extract(epoch from t.upkeep_time), t.upkeep_rows
+  into paused, upkept_at, upkeep_seconds, upkeep_rows
+  from "pushpop".topics t where t.topic = stats.topic;
+  if not found then
+    paused := false;
+    upkeep_seconds := 0;
+    upkeep_rows := 0;
+  end if;
   select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
   from "pushpop".figures f where f.topic = stats.topic;
   if recent.at between at - interval '2 seconds' and at then
@@ -1189,6 +1581,50 @@ begin
   end if;
 end
 $$;
+CREATE FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) RETURNS record
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  message record;
+  before  record;
+  run     record;
+begin
+  loop
+    before := message;
+    select m.ready_at, m.pushed_at, m.place, m.fence into message from "pushpop".messages m
+    where m.topic = take_waiting.topic and m.id = take_waiting.id and m.state in ('p', 'd', 'r', 'f', 'e');
+    if not found then
+      return;
+    end if;
+    select q.ctid as tid, q.n, q.ids into run from "pushpop".runs q
+    where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
+      and q.place <= message.place and take_waiting.id = any (q.ids)
+    order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
+    limit 1 for update;
+    exit when found;
+    -- It is leased, or was moved meanwhile. A lease may have ended.
+    if message is not distinct from before then
+      return;
+    end if;
+    perform "pushpop".reclaim(take_waiting.topic, clock_timestamp(), 1000);
+  end loop;
+  if run.n = 1 then
+    delete from "pushpop".runs q where q.topic = take_waiting.topic and q.ctid = run.tid;
+  elsif run.ids[1] = take_waiting.id then
+    update "pushpop".runs q
+    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+    where q.topic = take_waiting.topic and q.ctid = run.tid;
+  else
+    update "pushpop".runs q
+    set n = q.n - 1, ids = array_remove(q.ids, take_waiting.id)
+    where q.topic = take_waiting.topic and q.ctid = run.tid;
+  end if;
+  pushed_at := message.pushed_at;
+  place := message.place;
+  fence := message.fence;
+end
+$$;
 CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -1230,6 +1666,24 @@ CREATE FUNCTION pushpop.topic_names() RETURNS SETOF text
     from names n where n.topic is not null
   )
   select n.topic from names n where n.topic is not null
+  union
+  select t.topic from "pushpop".topics t
+  where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null
+  order by 1
+$$;
+CREATE FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) RETURNS record
+    LANGUAGE plpgsql STABLE SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET enable_seqscan TO 'off'
+    AS $$
+#variable_conflict use_column
+begin
+  perform "pushpop".check_topic(topic_settings.topic);
+  select t.paused, extract(epoch from t.lease), t.max_attempts, t.backoff_first, t.backoff_most
+  into paused, lease, max_attempts, backoff_first, backoff_most
+  from "pushpop".topics t where t.topic = topic_settings.topic;
+  paused := coalesce(paused, false);
+end
 $$;
 CREATE FUNCTION pushpop.upkeep(topic text, max integer DEFAULT 1000) RETURNS bigint
     LANGUAGE plpgsql SECURITY DEFINER
@@ -1253,22 +1707,24 @@ declare
     where h.topic = upkeep.topic and h.delete_at >= known.deleted_to and h.delete_at <= moment
     order by h.delete_at, h.id
     for update skip locked;
-  batch   record;
-  batches tid[];
-  ids     uuid[];
-  want    integer := max;
-  counted bigint;
+  batch    record;
+  batches  tid[];
+  ids      uuid[];
+  want     integer := max;
+  counted  bigint;
+  returned bigint;
 begin
   perform "pushpop".check_topic(upkeep.topic);
   if max is null or max not between 1 and 100000 then
     perform "pushpop".refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
   end if;
-  perform "pushpop".reclaim(upkeep.topic, moment, max);
-  perform "pushpop".note_look(upkeep.topic, moment);
-  known := "pushpop".lock_topic(upkeep.topic);
-  if known.topic is null then
+  -- Held until the end, so that there is one at a time, and the death of its session frees it.
+  if ("pushpop".lock_topic(upkeep.topic)).topic is null then
     return 0;
   end if;
+  returned := "pushpop".reclaim(upkeep.topic, moment, max);
+  perform "pushpop".note_look(upkeep.topic, moment);
+  known := "pushpop".lock_topic(upkeep.topic);
   -- Once a minute from the beginning: a settle, or a pop, may have committed late.
   if known.cleared_at not between moment - interval '1 minute' and moment then
     known.deleted_to := '-infinity';
@@ -1294,7 +1750,9 @@ begin
   get diagnostics counted = row_count;
   delete from "pushpop".history h where h.topic = upkeep.topic and h.ctid = any (batches);
   update "pushpop".topics t
-  set cleared_at = known.cleared_at,
+  set upkept_at = moment, upkeep_time = t.upkeep_time + (clock_timestamp() - moment),
+      upkeep_rows = t.upkeep_rows + counted + returned,
+      cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
@@ -1334,12 +1792,14 @@ declare
   moment timestamptz := clock_timestamp();
   until  timestamptz := moment + interval '30 seconds';
   known  "pushpop".topics;
+  paused boolean;
   start  timestamptz;
   due    timestamptz;
   ends   timestamptz;
 begin
   perform "pushpop".check_topic(wait_for.topic);
   select t.* into known from "pushpop".topics t where t.topic = wait_for.topic;
+  paused := known.paused;
   if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
      or known.wanted_by is distinct from waiter and known.wanted_by is not null then
     known := "pushpop".lock_topic(wait_for.topic);
@@ -1349,6 +1809,10 @@ begin
           wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
       where t.topic = wait_for.topic;
     end if;
+  end if;
+  if paused then
+    ready := false;
+    return;
   end if;
   select least(known.low, min(b.ready_at)) into start from "pushpop".behind b where b.topic = wait_for.topic;
   perform from "pushpop".runs q
@@ -1409,6 +1873,37 @@ CREATE TABLE pushpop.dead (
     died_at timestamp with time zone NOT NULL,
     id uuid NOT NULL
 );
+CREATE TABLE pushpop.messages (
+    pushed_at timestamp with time zone NOT NULL,
+    ready_at timestamp with time zone NOT NULL,
+    done_at timestamp with time zone,
+    delete_at timestamp with time zone,
+    fence integer DEFAULT 0 NOT NULL,
+    attempt integer DEFAULT 0 NOT NULL,
+    place integer NOT NULL,
+    max_attempts smallint,
+    state "char" DEFAULT 'p'::"char" NOT NULL,
+    id uuid NOT NULL,
+    topic text NOT NULL COLLATE pg_catalog."C",
+    failures jsonb,
+    headers jsonb,
+    payload bytea NOT NULL
+)
+WITH (fillfactor='46', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
+ALTER TABLE ONLY pushpop.messages ALTER COLUMN payload SET STORAGE EXTERNAL;
+CREATE VIEW pushpop.dead_messages AS
+ SELECT d.topic,
+    d.id,
+    d.died_at,
+    m.attempt,
+    "left"(((m.failures -> '-1'::integer) ->> 'error'::text), 200) AS error
+   FROM (pushpop.dead d
+     CROSS JOIN LATERAL ( SELECT m_1.attempt,
+            m_1.failures
+           FROM pushpop.messages m_1
+          WHERE ((m_1.topic = d.topic) AND (m_1.id = d.id))
+         OFFSET 0) m)
+  ORDER BY d.died_at DESC, d.topic, d.id;
 CREATE TABLE pushpop.figures (
     at timestamp with time zone NOT NULL,
     ready bigint NOT NULL,
@@ -1440,29 +1935,43 @@ CREATE TABLE pushpop.leases (
 WITH (fillfactor='80', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
 ALTER TABLE ONLY pushpop.leases ALTER COLUMN ids SET STORAGE PLAIN;
 ALTER TABLE ONLY pushpop.leases ALTER COLUMN fences SET STORAGE PLAIN;
-CREATE TABLE pushpop.messages (
-    pushed_at timestamp with time zone NOT NULL,
-    ready_at timestamp with time zone NOT NULL,
-    done_at timestamp with time zone,
-    delete_at timestamp with time zone,
-    fence integer DEFAULT 0 NOT NULL,
-    attempt integer DEFAULT 0 NOT NULL,
-    place integer NOT NULL,
-    max_attempts smallint,
-    state "char" DEFAULT 'p'::"char" NOT NULL,
-    id uuid NOT NULL,
-    topic text NOT NULL COLLATE pg_catalog."C",
-    last_error text,
-    headers jsonb,
-    payload bytea NOT NULL
-)
-WITH (fillfactor='46', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='10000', autovacuum_vacuum_cost_delay='0');
-ALTER TABLE ONLY pushpop.messages ALTER COLUMN payload SET STORAGE EXTERNAL;
+CREATE VIEW pushpop.in_flight AS
+ SELECT l.topic,
+    l.id,
+    l.lease_until,
+    date_trunc('second'::text, (l.lease_until - statement_timestamp())) AS time_left,
+    m.attempt
+   FROM (( SELECT l_1.topic,
+            u.id,
+            u.fence,
+            max(l_1.lease_until) AS lease_until
+           FROM (pushpop.leases l_1
+             CROSS JOIN LATERAL UNNEST(l_1.ids, l_1.fences) u(id, fence))
+          WHERE (l_1.lease_until > statement_timestamp())
+          GROUP BY l_1.topic, u.id, u.fence) l
+     CROSS JOIN LATERAL ( SELECT (m_1.attempt + 1) AS attempt
+           FROM pushpop.messages m_1
+          WHERE ((m_1.topic = l.topic) AND (m_1.id = l.id) AND (m_1.fence = (l.fence - 1)) AND (m_1.state = ANY (ARRAY['p'::"char", 'd'::"char", 'r'::"char", 'f'::"char", 'e'::"char"])))
+         OFFSET 0) m)
+  ORDER BY l.lease_until, l.topic, l.id;
 CREATE TABLE pushpop.migrations (
     version integer NOT NULL,
     oldest_crate text NOT NULL,
     applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
+CREATE VIEW pushpop.overview AS
+ SELECT n.topic,
+    s.ready,
+    s.delayed,
+    s.leased,
+    s.dead,
+    s.settled,
+    date_trunc('second'::text, (s.at - s.oldest_ready_at)) AS oldest_ready_age,
+    s.paused,
+    s.upkept_at
+   FROM (pushpop.topic_names() n(topic)
+     CROSS JOIN LATERAL pushpop.stats(n.topic) s(at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, upkept_at, upkeep_seconds, upkeep_rows))
+  ORDER BY n.topic;
 CREATE TABLE pushpop.runs (
     ready_at timestamp with time zone NOT NULL,
     pushed_at timestamp with time zone NOT NULL,
@@ -1494,16 +2003,22 @@ ALTER TABLE ONLY pushpop.runs
 ALTER TABLE ONLY pushpop.topics
     ADD CONSTRAINT topics_pkey PRIMARY KEY (topic);
 CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until) WHERE (lease_until > '-infinity'::timestamp with time zone);
-REVOKE ALL ON FUNCTION pushpop.backoff(attempt integer) FROM PUBLIC;
+CREATE INDEX topics_set ON pushpop.topics USING btree (topic) WHERE (paused OR (lease IS NOT NULL) OR (max_attempts IS NOT NULL) OR (backoff_first IS NOT NULL) OR (backoff_most IS NOT NULL));
+REVOKE ALL ON FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.backoff(topic text, attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.cancel(topic text, id uuid, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_arrays(wanted integer, others integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_attempts(attempts integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_headers(headers jsonb) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_keep(keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_payload(payload bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_push(delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.dead_letters(topic text, max integer, before timestamp with time zone, before_id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
@@ -1518,25 +2033,35 @@ REVOKE ALL ON FUNCTION pushpop.make_durable() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pause(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision, fallback double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.prove(topic text, id uuid, token bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.purge_dead(topic text, age double precision, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, fallback integer, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid, fallback integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.redrive(topic text, ids uuid[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.redrive_all(topic text, INOUT until timestamp with time zone, max integer, OUT redriven bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.refuse(what text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.release(topic text, id uuid, token bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.reschedule(topic text, id uuid, delay double precision, ready_at timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.resume(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision) FROM PUBLIC;

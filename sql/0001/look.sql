@@ -14,7 +14,8 @@ create type pushpop.message as (
   lease_until  timestamptz,
   done_at      timestamptz,
   delete_at    timestamptz,
-  last_error   text
+  last_error   text,   -- that of the last of its failures
+  failures     jsonb   -- the newest ten, oldest first, each with attempt, at and error; null: it never failed
 );
 
 -- A message by its id, if it is stored.
@@ -35,7 +36,8 @@ begin
   -- neither has a lease that ended, and waits to be reclaimed.
   return query
     select m.id, m.payload, m.headers,
-           case when m.state = 'c' then 'completed' when m.state = 'x' then 'discarded' when m.state = 'z' then 'dead'
+           case when m.state = 'c' then 'completed' when m.state in ('x', 'k') then 'discarded'
+             when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
              when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,
@@ -43,7 +45,7 @@ begin
            m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
            case when l.lease_until > moment then l.lease_until end,
            coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
-           m.delete_at, m.last_error
+           m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from pushpop.messages m
     left join lateral (
       select true as waiting from pushpop.runs q
@@ -84,7 +86,7 @@ begin
   return query
     select m.id, m.payload, m.headers, case when m.ready_at > moment then 'delayed' else 'ready' end,
            m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
-           m.done_at, m.delete_at, m.last_error
+           m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
       select q.ids from pushpop.runs q where q.topic = peek.topic and q.ready_at >= start
       order by q.ready_at, q.pushed_at, q.place, q.id limit max

@@ -4,14 +4,16 @@
 -- queue are always wrong. Rows are found through the primary key, one probe each, and written by
 -- their ctid: see README.md beside this folder.
 
--- Pops up to max messages of a topic, oldest first, each leased for so many seconds.
+-- Pops up to max messages of a topic, oldest first, each leased for so many seconds: lease, else what
+-- the topic says, else fallback. A topic that is paused hands out none.
 --
 -- The token proves the lease to every later call. A message whose lease expired is free again,
 -- at its old place; one that has no attempt left is dead and is not handed out.
 create function pushpop.pop(
-  topic text,
-  max   integer          default 1,
-  lease double precision default 300
+  topic    text,
+  max      integer          default 1,
+  lease    double precision default null,
+  fallback double precision default 300
 ) returns table (
   id           uuid,
   payload      bytea,
@@ -23,7 +25,8 @@ create function pushpop.pop(
   fence        bigint,
   pushed_at    timestamptz,
   ready_at     timestamptz,
-  last_error   text
+  last_error   text,
+  failures     jsonb
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -47,25 +50,27 @@ declare
   n      integer;
   keys   bytea[];
 begin
-  if octet_length(pop.topic) between 1 and 255 is not true then
-    perform pushpop.check_topic(pop.topic);
+  if (octet_length(pop.topic) between 1 and 255 and coalesce(lease, 1) between 1 and 86400
+      and fallback between 1 and 86400) is not true then
+    perform pushpop.check_topic(pop.topic), pushpop.lease_interval(coalesce(lease, 1)), pushpop.lease_interval(fallback);
   end if;
   if max is null or max not between 1 and 1000 then
     perform pushpop.refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  until := moment + case when lease between 1 and 86400 then lease * interval '1 second'
-                         else pushpop.lease_interval(lease) end;
 
-  select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
-  if not found or known.looked_at not between moment - interval '1 second' and moment then
+  select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
+  if known.paused then
+    return;
+  elsif not found or known.looked_at not between moment - interval '1 second' and moment then
     perform pushpop.reclaim(pop.topic, moment, 1000);
     -- To move the mark on costs more than a pop does. Where many are popped, upkeep does it every second.
     if known.looked_at is null or known.looked_at not between moment - interval '10 seconds' and moment
        or exists (select from pushpop.behind b where b.topic = pop.topic) then
       perform pushpop.note_look(pop.topic, moment);
-      select t.low, t.looked_at, t.swept_at into known from pushpop.topics t where t.topic = pop.topic;
+      select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
     end if;
   end if;
+  until := moment + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   start := coalesce(known.low, '-infinity');
   taken := pushpop.take_runs(pop.topic, start, moment, max);
 
@@ -91,8 +96,8 @@ begin
     insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
     values (pop.topic, token, until, 1, taken.ids, taken.fences);
     select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
-           m.fence + 1, m.pushed_at, m.ready_at, m.last_error
-    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error
+           m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
+    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
     from pushpop.messages m where m.topic = pop.topic and m.id = taken.ids[1];
     return next;
   else
@@ -106,10 +111,11 @@ begin
     return query
       select m.id, m.payload, m.headers,
              keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at, m.last_error
+             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at,
+             m.failures -> -1 ->> 'error', m.failures
       from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
       cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.last_error
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.failures
         from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
       ) m;
   end if;
@@ -313,7 +319,8 @@ $body$;
 -- Says that somebody waits for a message of the topic: for the next half minute pushes notify
 -- (LISTEN to the channel named as this schema; the payload is the topic). Returns whether there
 -- is one already, and in how many seconds the next one may become free: a delayed one is due, or a
--- lease expires. waiter: who asks, and is not woken for its own pushes.
+-- lease expires; of a topic that is paused neither. waiter: who asks, and is not woken for its own
+-- pushes.
 create function pushpop.wait_for(
   topic  text,
   waiter uuid default null,
@@ -333,12 +340,14 @@ declare
   moment timestamptz := clock_timestamp();
   until  timestamptz := moment + interval '30 seconds';
   known  pushpop.topics;
+  paused boolean;
   start  timestamptz;
   due    timestamptz;
   ends   timestamptz;
 begin
   perform pushpop.check_topic(wait_for.topic);
   select t.* into known from pushpop.topics t where t.topic = wait_for.topic;
+  paused := known.paused;
   if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
      or known.wanted_by is distinct from waiter and known.wanted_by is not null then
     known := pushpop.lock_topic(wait_for.topic);
@@ -350,6 +359,10 @@ begin
     end if;
   end if;
 
+  if paused then
+    ready := false;
+    return;
+  end if;
   select least(known.low, min(b.ready_at)) into start from pushpop.behind b where b.topic = wait_for.topic;
   perform from pushpop.runs q
   where q.topic = wait_for.topic and q.ready_at >= coalesce(start, '-infinity') and q.ready_at <= moment limit 1;

@@ -73,6 +73,16 @@ begin
 end
 $body$;
 
+create function pushpop.check_attempts(attempts integer) returns void
+language plpgsql immutable
+as $body$
+begin
+  if attempts not between 0 and 32767 then
+    perform pushpop.refuse(format('a message has 1 to 32767 attempts, or 0 for no limit, not %s', attempts));
+  end if;
+end
+$body$;
+
 -- What the optional arguments of a push must be; nulls stand for the defaults.
 create function pushpop.check_push(delay double precision, ready_at timestamptz, headers jsonb, max_attempts integer)
 returns void
@@ -85,9 +95,8 @@ begin
     perform pushpop.refuse(format('a message is ready between the years 1 and 9999, not at %s', ready_at));
   elsif delay is not null and ready_at is not null then
     perform pushpop.refuse('a message has a delay or a time, not both');
-  elsif max_attempts not between 1 and 32767 then
-    perform pushpop.refuse(format('a message has 1 to 32767 attempts, or null for no limit, not %s', max_attempts));
   end if;
+  perform pushpop.check_attempts(max_attempts);
   if headers is not null then
     perform pushpop.check_headers(headers);
   end if;
@@ -104,9 +113,10 @@ $body$;
 -- delay         seconds until it is ready; null: at once
 -- ready_at      the time at which it is ready, instead of a delay
 -- headers       an object of text to text
--- max_attempts  1 to 32767; null: without end
+-- max_attempts  1 to 32767; 0: without end; null: what the topic says, else fallback
 -- sender        who pushes: wakes waiting consumers of all clients but this one, if there are
 --               any. null: notifies always, as one must in a longer transaction.
+-- fallback      max_attempts where neither the message nor the topic says
 create function pushpop.push(
   topic        text,
   payload      bytea,
@@ -114,8 +124,9 @@ create function pushpop.push(
   delay        double precision default null,
   ready_at     timestamptz      default null,
   headers      jsonb            default null,
-  max_attempts integer          default 25,
+  max_attempts integer          default null,
   sender       uuid             default null,
+  fallback     integer          default 25,
   out pushed    uuid,
   out duplicate boolean
 )
@@ -132,16 +143,18 @@ begin
   if (octet_length(push.topic) between 1 and 255 and octet_length(push.payload) <= 16777216) is not true then
     perform pushpop.check_topic(push.topic), pushpop.check_payload(push.payload);
   end if;
-  if delay is not null or ready_at is not null or headers is not null or max_attempts is distinct from 25 then
-    perform pushpop.check_push(delay, ready_at, headers, max_attempts);
+  if delay is not null or ready_at is not null or headers is not null or max_attempts is not null or fallback is distinct from 25 then
+    perform pushpop.check_push(delay, ready_at, headers, max_attempts), pushpop.check_attempts(fallback);
   end if;
   pushed := coalesce(push.id, pushpop.new_id());
+  select t.wanted_until, t.wanted_by, t.max_attempts into known from pushpop.topics t where t.topic = push.topic;
 
   lock table pushpop.messages in row exclusive mode;
   stamped := clock_timestamp();
   due := coalesce(push.ready_at, stamped + coalesce(push.delay, 0) * interval '1 second');
   insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
-  values (push.topic, pushed, push.payload, push.headers, push.max_attempts, 1, stamped, due)
+  values (push.topic, pushed, push.payload, push.headers,
+          nullif(coalesce(push.max_attempts, known.max_attempts, push.fallback), 0), 1, stamped, due)
   on conflict (topic, id) do nothing;
 
   duplicate := not found;
@@ -153,7 +166,6 @@ begin
     if push.ready_at is not null and due <= stamped then
       insert into pushpop.behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
     end if;
-    select t.wanted_until, t.wanted_by into known from pushpop.topics t where t.topic = push.topic;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push.topic);
     end if;
@@ -185,7 +197,7 @@ $body$;
 
 -- Pushes many messages in the order of the arrays, and returns the places in them of those that
 -- changed nothing, because a message with their id was still stored in the topic. The arguments
--- are those of push, an array each; an array that is null stands for the default.
+-- are those of push, an array each; an array or an element that is null stands for the default.
 create function pushpop.push_many(
   topic        text,
   ids          uuid[],
@@ -194,7 +206,8 @@ create function pushpop.push_many(
   ready_ats    timestamptz[]      default null,
   headers      jsonb[]            default null,
   max_attempts integer[]          default null,
-  sender       uuid               default null
+  sender       uuid               default null,
+  fallback     integer            default 25
 ) returns setof integer
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -208,8 +221,9 @@ declare
   places  integer[];  -- of those that were stored; null: all
   stamped timestamptz;
   known   record;
+  most    integer;    -- attempts of a message that does not say
 begin
-  perform pushpop.check_topic(push_many.topic);
+  perform pushpop.check_topic(push_many.topic), pushpop.check_attempts(fallback);
   perform pushpop.check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
                                              cardinality(headers), cardinality(max_attempts)]);
   if array_position(ids, null) is not null then
@@ -218,7 +232,7 @@ begin
   if wanted = 1 then
     return query
       select 1 from pushpop.push(push_many.topic, payloads[1], ids[1], delays[1], ready_ats[1], headers[1],
-                                 case when push_many.max_attempts is null then 25 else push_many.max_attempts[1] end, sender) p
+                                 push_many.max_attempts[1], sender, fallback) p
       where p.duplicate;
     return;
   end if;
@@ -229,6 +243,8 @@ begin
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
   end if;
 
+  select t.wanted_until, t.wanted_by, t.max_attempts into known from pushpop.topics t where t.topic = push_many.topic;
+  most := coalesce(known.max_attempts, fallback);
   lock table pushpop.messages in row exclusive mode;
   stamped := clock_timestamp();
 
@@ -237,12 +253,12 @@ begin
   begin
     if simple then
       insert into pushpop.messages (topic, id, payload, max_attempts, place, pushed_at, ready_at)
-      select push_many.topic, u.id, u.payload, 25, u.place, stamped, stamped
+      select push_many.topic, u.id, u.payload, nullif(most, 0), u.place, stamped, stamped
       from unnest(ids, payloads) with ordinality u(id, payload, place) order by u.id;
     else
       insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
       select push_many.topic, u.id, u.payload, u.headers,
-             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             nullif(coalesce(u.max_attempts, most), 0), u.place, stamped,
              coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
       from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
              with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id;
@@ -251,7 +267,7 @@ begin
     with stored as (
       insert into pushpop.messages (topic, id, payload, headers, max_attempts, place, pushed_at, ready_at)
       select push_many.topic, u.id, u.payload, u.headers,
-             case when push_many.max_attempts is null then 25 else u.max_attempts end, u.place, stamped,
+             nullif(coalesce(u.max_attempts, most), 0), u.place, stamped,
              coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second')
       from unnest(ids, payloads, delays, ready_ats, headers, max_attempts)
              with ordinality u(id, payload, delay, ready_at, headers, max_attempts, place) order by u.id, u.place
@@ -285,7 +301,6 @@ begin
   end if;
 
   if places is null or cardinality(places) > 0 then
-    select t.wanted_until, t.wanted_by into known from pushpop.topics t where t.topic = push_many.topic;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push_many.topic);
     end if;

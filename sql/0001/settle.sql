@@ -15,7 +15,8 @@
 --           release             given back now, to its old place; burns no attempt
 --           fail                again after its delay, or dead if that was the last attempt
 --           extend              its lease ends `delay` seconds from now, never earlier than it did
--- delays    seconds; for fail null means 1 s, doubled with each attempt, up to 1 h, with jitter
+-- delays    seconds; for fail null means 1 s, doubled with each attempt, up to 1 h, or as the topic
+--           says, with jitter
 -- errors    why a message failed
 -- tidy      whether leases that are used up are cleared away at once. They are locked for that, so
 --           not within a longer transaction.
@@ -294,9 +295,10 @@ begin
       attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
       ready_at   = case outcome
                      when 'defer' then moment + delay * interval '1 second'
-                     when 'fail' then moment + coalesce(delay, pushpop.backoff(m.attempt + 1)) * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, pushpop.backoff(give_back.topic, m.attempt + 1)) * interval '1 second'
                      else m.ready_at end,
-      last_error = case when outcome in ('fail', 'expire') then left(error, 8192) else m.last_error end
+      failures   = case when outcome in ('fail', 'expire') then pushpop.add_failure(m.failures, m.attempt + 1, moment, error)
+                     else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
     and m.state in ('p', 'd', 'r', 'f', 'e')
   returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
@@ -306,7 +308,8 @@ begin
   end if;
 
   if message.dead then
-    update pushpop.messages m set state = 'z', done_at = moment
+    update pushpop.messages m
+    set state = case outcome when 'expire' then 'y' else 'z' end::"char", done_at = moment
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
@@ -319,6 +322,18 @@ begin
   end if;
   return true;
 end
+$body$;
+
+-- A history of failures with one more, which keeps the newest ten.
+create function pushpop.add_failure(failures jsonb, attempt integer, moment timestamptz, error text) returns jsonb
+language sql stable
+as $body$
+  select case when jsonb_array_length(failures) < 10 then failures
+              when failures is null then '[]' else failures - 0 end
+         || jsonb_build_array(jsonb_build_object(
+              'attempt', attempt,
+              'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
+              'error', coalesce(left(error, 8192), '')))
 $body$;
 
 -- Gives a lease a row of its own with a later end; returns that, or null if the lease is over. Locks the
@@ -446,12 +461,24 @@ begin
 end
 $body$;
 
--- Seconds until the next attempt: 1, 2, 4 .. 3600, less up to a quarter, so that messages that
--- failed together do not come back together.
-create function pushpop.backoff(attempt integer) returns double precision
+-- Seconds until the next attempt: 1, 2, 4 .. 3600, or as the topic says, less up to a quarter, so that
+-- messages that failed together do not come back together.
+create function pushpop.backoff(topic text, attempt integer) returns double precision
 language sql volatile
 as $body$
-  select least(3600, power(2, least(backoff.attempt - 1, 12))) * (1 - 0.25 * random())
+  select least(coalesce(t.backoff_most, 3600), coalesce(t.backoff_first, 1) * power(2, least(backoff.attempt - 1, 100)))
+         * (1 - 0.25 * random())
+  from (select) one left join pushpop.topics t on t.topic = backoff.topic
+$body$;
+
+create function pushpop.check_keep(keep double precision) returns void
+language plpgsql immutable
+as $body$
+begin
+  if (keep >= 0 and keep <= 250000000000) is not true then
+    perform pushpop.refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
+  end if;
+end
 $body$;
 
 create function pushpop.check_settle(
@@ -462,10 +489,9 @@ as $body$
 begin
   perform pushpop.check_arrays(cardinality(ids), array[coalesce(cardinality(tokens), 0), coalesce(cardinality(outcomes), 0),
                                                        cardinality(delays), cardinality(errors)]);
+  perform pushpop.check_keep(keep);
   if not outcomes <@ '{complete,discard,defer,release,fail,extend}' then
     perform pushpop.refuse('an outcome is one of complete, discard, defer, release, fail, extend');
-  elsif keep is null or not (keep >= 0 and keep <= 250000000000) then
-    perform pushpop.refuse(format('history is kept for 0 to 250000000000 seconds, not %s', coalesce(keep::text, 'null')));
   elsif outcomes && '{defer,fail,extend}' then
     perform pushpop.refuse(format('a delay has 0 to 250000000000 seconds, not %s', coalesce(u.delay::text, 'null')))
     from unnest(outcomes, delays) u(outcome, delay)

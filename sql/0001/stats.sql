@@ -1,6 +1,6 @@
 -- Figures of a topic, and the list of topics.
 
--- Figures of one topic, not older than two seconds. Their cost grows with the number of runs and
+-- Figures of one topic, those before paused not older than two seconds. Their cost grows with the number of runs and
 -- leases, which stand for many messages each; what takes more than 10 ms is kept for others who ask.
 create function pushpop.stats(
   topic text,
@@ -10,7 +10,11 @@ create function pushpop.stats(
   out leased          bigint,
   out settled         bigint,      -- completed or discarded, and still stored
   out dead            bigint,
-  out oldest_ready_at timestamptz
+  out oldest_ready_at timestamptz,
+  out paused          boolean,
+  out upkept_at       timestamptz,      -- when upkeep was done last
+  out upkeep_seconds  double precision, -- its cost so far: time
+  out upkeep_rows     bigint            -- and messages that it has deleted or reclaimed
 )
 language plpgsql volatile security definer
 set search_path = pg_catalog, pg_temp
@@ -34,6 +38,14 @@ declare
 begin
   perform pushpop.check_topic(stats.topic);
   at := clock_timestamp();
+  select t.paused, t.upkept_at, extract(epoch from t.upkeep_time), t.upkeep_rows
+  into paused, upkept_at, upkeep_seconds, upkeep_rows
+  from pushpop.topics t where t.topic = stats.topic;
+  if not found then
+    paused := false;
+    upkeep_seconds := 0;
+    upkeep_rows := 0;
+  end if;
 
   select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
   from pushpop.figures f where f.topic = stats.topic;
@@ -96,7 +108,7 @@ begin
 end
 $body$;
 
--- The topics in which a message is stored.
+-- The topics in which a message is stored, or that have settings, in the order of their names.
 create function pushpop.topic_names() returns setof text
 language sql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -110,4 +122,8 @@ as $body$
     from names n where n.topic is not null
   )
   select n.topic from names n where n.topic is not null
+  union
+  select t.topic from pushpop.topics t
+  where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null
+  order by 1
 $body$;

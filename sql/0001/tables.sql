@@ -15,10 +15,11 @@ create table pushpop.messages (
   attempt      integer not null default 0,   -- attempts that are over; defer and release give theirs back
   place        integer not null,             -- among the messages pushed by the same statement
   max_attempts smallint,                     -- null: without end
-  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded, z dead
+  state        "char" not null default 'p',  -- pushed, deferred, released, failed, expired; completed, x discarded,
+                                             -- k cancelled; dead: z by a failure, y by an expired lease
   id           uuid not null,
   topic        text collate "C" not null,
-  last_error   text,
+  failures     jsonb,                        -- the newest ten, oldest first; null: it never failed
   headers      jsonb,
   payload      bytea not null,
 
@@ -81,7 +82,7 @@ create table pushpop.history (
 
 alter table pushpop.history alter column ids set storage plain;
 
--- Dead letters, newest last.
+-- Dead letters, newest last. A row is there as long as its message is dead.
 create table pushpop.dead (
   topic   text collate "C" not null,
   died_at timestamptz not null,
@@ -89,8 +90,9 @@ create table pushpop.dead (
   primary key (topic, died_at, id)
 );
 
--- What is known of a topic beyond its messages. All of it is a hint that makes things
--- fast: a topic without a row, or with one that nobody could update, works as well.
+-- What is known of a topic beyond its messages. All of it but the settings is a hint that makes
+-- things fast, or is there to be looked at: a topic without a row, or with one that nobody could
+-- update, works as well.
 create table pushpop.topics (
   topic        text collate "C" not null primary key,
 
@@ -110,8 +112,23 @@ create table pushpop.topics (
   cleared_at   timestamptz not null default '-infinity', -- when these two were last begun anew
 
   wanted_until timestamptz not null default '-infinity', -- somebody waits for a message
-  wanted_by    uuid                                      -- who, if it is one client only
+  wanted_by    uuid,                                     -- who, if it is one client only
+
+  -- What upkeep has cost.
+  upkept_at    timestamptz,                              -- last time
+  upkeep_time  interval not null default '0',            -- in all
+  upkeep_rows  bigint not null default 0,                -- deleted and reclaimed, in all
+
+  -- Settings. Null: nothing is said here.
+  paused        boolean not null default false,
+  lease         interval,
+  max_attempts  smallint,         -- 0: without end
+  backoff_first double precision, -- seconds
+  backoff_most  double precision
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.2, autovacuum_vacuum_threshold = 200);
+
+create index topics_set on pushpop.topics (topic)
+where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null;
 
 -- Runs that were put behind the front of their topic: a time in the past, a released or expired
 -- lease. A row commits with its run, so nothing can pass it unseen.

@@ -60,7 +60,7 @@ $body$;
 
 -- Deletes up to max messages of a topic whose time in the history is over, reclaims leases that
 -- ended, and moves the marks of the topic. Returns how many it deleted: as many as max, and there
--- may be more. Any number of clients may call it at the same time.
+-- may be more. One client at a time does it; others return 0 at once. What it has cost is in stats.
 create function pushpop.upkeep(topic text, max integer default 1000) returns bigint
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -83,23 +83,25 @@ declare
     where h.topic = upkeep.topic and h.delete_at >= known.deleted_to and h.delete_at <= moment
     order by h.delete_at, h.id
     for update skip locked;
-  batch   record;
-  batches tid[];
-  ids     uuid[];
-  want    integer := max;
-  counted bigint;
+  batch    record;
+  batches  tid[];
+  ids      uuid[];
+  want     integer := max;
+  counted  bigint;
+  returned bigint;
 begin
   perform pushpop.check_topic(upkeep.topic);
   if max is null or max not between 1 and 100000 then
     perform pushpop.refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
   end if;
 
-  perform pushpop.reclaim(upkeep.topic, moment, max);
-  perform pushpop.note_look(upkeep.topic, moment);
-  known := pushpop.lock_topic(upkeep.topic);
-  if known.topic is null then
+  -- Held until the end, so that there is one at a time, and the death of its session frees it.
+  if (pushpop.lock_topic(upkeep.topic)).topic is null then
     return 0;
   end if;
+  returned := pushpop.reclaim(upkeep.topic, moment, max);
+  perform pushpop.note_look(upkeep.topic, moment);
+  known := pushpop.lock_topic(upkeep.topic);
   -- Once a minute from the beginning: a settle, or a pop, may have committed late.
   if known.cleared_at not between moment - interval '1 minute' and moment then
     known.deleted_to := '-infinity';
@@ -128,7 +130,9 @@ begin
   delete from pushpop.history h where h.topic = upkeep.topic and h.ctid = any (batches);
 
   update pushpop.topics t
-  set cleared_at = known.cleared_at,
+  set upkept_at = moment, upkeep_time = t.upkeep_time + (clock_timestamp() - moment),
+      upkeep_rows = t.upkeep_rows + counted + returned,
+      cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (

@@ -12,7 +12,7 @@ use pushpop_pg::{Lease, NewMessage, Queue, uuid::Uuid};
 use crate::world::{World, until};
 
 /// What must be true between any two transactions: each query finds nothing.
-const RULES: [(&str, &str); 5] = [
+const RULES: [(&str, &str); 6] = [
     (
         "a live message that is in no run and in no lease of its present delivery",
         "select m.id from pushpop.messages m where m.state in ('p', 'd', 'r', 'f', 'e')
@@ -45,9 +45,15 @@ const RULES: [(&str, &str); 5] = [
              join pushpop.messages m on m.topic = l.topic and m.id = u.id and m.fence = u.fence - 1
              where m.state in ('p', 'd', 'r', 'f', 'e'))",
     ),
+    (
+        "a dead message that is not listed as dead, or one that is listed and not dead",
+        "select coalesce(m.id, d.id) from (select m.topic, m.done_at, m.id from pushpop.messages m where m.state in ('z', 'y')) m
+         full join pushpop.dead d on d.topic = m.topic and d.died_at = m.done_at and d.id = m.id
+         where m.id is null or d.id is null",
+    ),
 ];
 
-fn audit(world: &World, client: &mut Client) {
+pub(crate) fn audit(world: &World, client: &mut Client) {
     let mut tx =
         client.build_transaction().isolation_level(postgres::IsolationLevel::RepeatableRead).start().unwrap();
     for (rule, sql) in RULES {

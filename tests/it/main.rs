@@ -5,6 +5,8 @@
 mod audit;
 mod connect;
 mod contract;
+mod control;
+mod dead;
 mod errors;
 mod heartbeat;
 #[cfg(feature = "json")]
@@ -27,6 +29,8 @@ mod threads;
 mod tidy;
 mod topics;
 mod transaction;
+mod upkeep;
+mod views;
 mod wake;
 mod worker;
 mod world;

@@ -73,6 +73,17 @@ fn assert_all_few(world: &World) {
         ("peek", "select from pushpop.peek('t', 10)"),
         ("upkeep", "select from pushpop.upkeep('t')"),
         (
+            "cancel",
+            "select from pushpop.cancel('t', (select id from pushpop.peek('t', 100) offset 60 limit 1))",
+        ),
+        (
+            "reschedule",
+            "select from pushpop.reschedule('t', (select id from pushpop.peek('t', 100) offset 60 limit 1), 0)",
+        ),
+        ("dead_letters", "select from pushpop.dead_letters('t', 10)"),
+        ("redrive_all", "select from pushpop.redrive_all('t', max => 1)"),
+        ("purge_dead", "select from pushpop.purge_dead('t', max => 1)"),
+        (
             "settle of one",
             "with p as materialized (select id, token from pushpop.pop('t')) select pushpop.complete('t', p.id, p.token) from p",
         ),
@@ -241,4 +252,24 @@ fn a_settle_does_not_step_over_what_is_settled() {
     let (_, r) = read(&world, |tx| pop_and_settle(&world, tx, 100));
     assert_few("pop and settle of 100", &r, 40 + 12 * 100);
     pop(&queue, "t").complete().unwrap();
+}
+
+#[test]
+fn topics_that_nobody_has_set_cost_the_list_nothing() {
+    let world = World::new();
+    let mut client = without_autovacuum(&world);
+    let known = "insert into pushpop.topics (topic) select 'popped ' || i from generate_series(1, 5000) i";
+    client.batch_execute(&world.sql(known)).unwrap();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    queue.topic("paused").pause().unwrap();
+    for analyzed in [false, true] {
+        if analyzed {
+            analyze(&world, &mut client);
+        }
+        let names = world.sql("select from pushpop.topic_names()");
+        let (n, r) = read(&world, |tx| tx.query(&names, &[]).unwrap().len());
+        assert_eq!(n, 2);
+        assert_few("the list of topics", &r, 20);
+    }
 }

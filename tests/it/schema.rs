@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use postgres::{Client, NoTls};
-use pushpop_pg::{ErrorKind, NewMessage, Queue};
+use pushpop_pg::{ErrorKind, NewMessage, Queue, TopicSettings};
 
 use crate::world::{SOON, World, drain, guarded, guarded_role, guarded_url, pop, quoted, stats, text};
 
@@ -120,6 +120,7 @@ fn use_everything(queue: &Queue, other: &Queue) {
     assert_eq!(queue.topics().unwrap().len(), 1);
     assert!(queue.topic("t").purge().unwrap() > 0);
     assert!(queue.try_pop("none").unwrap().is_none());
+    look_after(queue);
     // By notification: the channel has the schema's name.
     thread::scope(|scope| {
         let waiting = scope.spawn(|| pop(queue, "wake"));
@@ -127,6 +128,29 @@ fn use_everything(queue: &Queue, other: &Queue) {
         other.push("wake", "x").unwrap();
         waiting.join().unwrap().complete().unwrap();
     });
+}
+
+fn look_after(queue: &Queue) {
+    let topic = queue.topic("care");
+    let settings =
+        TopicSettings::default().with_max_attempts(1).with_lease(SOON).with_backoff(SOON / 2, SOON);
+    topic.set(&settings).unwrap();
+    assert_eq!(topic.settings().unwrap(), settings);
+    let id = queue.push("care", "m").unwrap();
+    for _ in 0..2 {
+        pop(queue, "care").fail("why").unwrap();
+        assert_eq!(topic.dead(10).unwrap()[0].failures()[0].error(), "why");
+        assert_eq!(topic.redrive(&[id]).unwrap(), 1);
+        pop(queue, "care").fail("why").unwrap();
+        assert_eq!(topic.redrive_all().unwrap(), 1);
+    }
+    assert!(topic.reschedule(id, SOON).unwrap() && topic.cancel(id).unwrap());
+    queue.push("care", "m").unwrap();
+    topic.pause().unwrap();
+    assert!(queue.try_pop("care").unwrap().is_none());
+    topic.resume().unwrap();
+    pop(queue, "care").fail("why").unwrap();
+    assert_eq!(topic.purge_dead(Duration::ZERO).unwrap(), 1);
 }
 
 /// Does something with each of the names, some at a time.
@@ -343,9 +367,20 @@ fn others_may_execute_nothing() {
         let error = client.query(&world.sql(&format!("select {call}")), &[]).unwrap_err();
         assert_eq!(error.code().unwrap().code(), "42501", "{call}");
     }
-    for table in
-        ["messages", "runs", "leases", "history", "dead", "topics", "behind", "figures", "migrations"]
-    {
+    for table in [
+        "messages",
+        "runs",
+        "leases",
+        "history",
+        "dead",
+        "topics",
+        "behind",
+        "figures",
+        "migrations",
+        "overview",
+        "in_flight",
+        "dead_messages",
+    ] {
         let error = client.query(&world.sql(&format!("select 1 from pushpop.{table}")), &[]).unwrap_err();
         assert_eq!(error.code().unwrap().code(), "42501", "{table}");
     }

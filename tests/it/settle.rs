@@ -478,3 +478,83 @@ fn a_dropped_lease_is_not_settled() {
     drop(pop(&queue, "t"));
     assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Leased { .. }));
 }
+
+// Failures.
+
+#[test]
+fn the_newest_ten_failures_are_kept() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    let id = queue.push("t", NewMessage::new("m").max_attempts(12)).unwrap();
+    let lease = queue.try_pop("t").unwrap().unwrap();
+    assert!(lease.failures().is_empty() && lease.last_error().is_none());
+    lease.release().unwrap();
+    let fail = world.sql(
+        "with p as materialized (select id, token from pushpop.pop('t'))
+         select pushpop.fail('t', p.id, p.token, $1, 0) from p",
+    );
+    for attempt in 1..=12 {
+        assert_eq!(client.execute(&fail, &[&format!("no {attempt}")]).unwrap(), 1);
+    }
+    let found = queue.find("t", id).unwrap().unwrap();
+    assert!(matches!(found.state(), State::Dead { .. }), "{found:?}");
+    let told: Vec<(u32, &str)> = found.failures().iter().map(|f| (f.attempt(), f.error())).collect();
+    let expected: Vec<(u32, String)> = (3..=12).map(|n| (n, format!("no {n}"))).collect();
+    assert_eq!(told, expected.iter().map(|(n, error)| (*n, error.as_str())).collect::<Vec<_>>());
+    assert_eq!(found.last_error(), Some("no 12"));
+    assert!(found.failures().is_sorted_by_key(pushpop_pg::Failure::at));
+    let State::Dead { at } = found.state() else { panic!("{found:?}") };
+    assert_eq!(found.failures()[9].at(), at, "to the microsecond");
+
+    // For other languages: text of the same time.
+    let sql = world.sql(
+        "select last_error, (failures -> 9 ->> 'at')::timestamptz, failures -> 9 ->> 'at' like '%Z'
+         from pushpop.find('t', $1)",
+    );
+    let row = client.query_one(&sql, &[&id]).unwrap();
+    assert_eq!((row.get::<_, &str>(0), row.get(1), row.get(2)), ("no 12", at, true));
+}
+
+#[test]
+fn failures_are_seen_by_pops_of_one_and_of_many() {
+    let world = World::new();
+    let queue = world.queue();
+    for max in [1, 2] {
+        let topic = &max.to_string();
+        let all_ready = || stats(&queue, topic).ready() == u64::try_from(max).unwrap();
+        queue.push_many(topic, vec!["m"; max]).unwrap();
+        drop(pop_many(&queue.with_lease(SECOND), topic, max));
+        until("all come again", all_ready);
+        for lease in pop_many(&queue, topic, max) {
+            lease.fail("quo\"te, {brace} and \\").unwrap();
+        }
+        until("all come again", all_ready);
+        let leases = pop_many(&queue, topic, max);
+        assert_eq!(leases.len(), max);
+        for lease in leases {
+            let told: Vec<(u32, &str)> = lease.failures().iter().map(|f| (f.attempt(), f.error())).collect();
+            assert_eq!(told, [(1, "the lease expired"), (2, "quo\"te, {brace} and \\")]);
+            assert_eq!(lease.last_error(), Some(told[1].1));
+        }
+    }
+}
+
+/// A message that its expired lease had killed looked like one that had failed: a late `fail` was told Ok.
+#[test]
+fn failing_after_the_lease_has_killed_the_message_is_lost() {
+    let world = World::new();
+    let queue = world.queue();
+    let id = queue.push("t", NewMessage::new("m").max_attempts(1)).unwrap();
+    let lease = pop(&queue.with_lease(SECOND), "t");
+    until("the lease has killed it", || {
+        // A pop that finds nothing looks at leases that ended.
+        assert!(queue.try_pop("t").unwrap().is_none());
+        matches!(queue.find("t", id).unwrap().unwrap().state(), State::Dead { .. })
+    });
+    assert!(queue.try_pop("t").unwrap().is_none());
+    let before = queue.find("t", id).unwrap().unwrap();
+    assert_eq!(before.last_error(), Some("the lease expired"));
+    assert_lost(lease.fail("too late").unwrap_err().error(), "fail");
+    assert_eq!(queue.find("t", id).unwrap().unwrap(), before);
+}
