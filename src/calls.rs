@@ -146,7 +146,7 @@ impl Calls {
             ),
             wait_for: call(
                 "wait_for",
-                "select ready, due_in from pushpop.wait_for($1, $2)",
+                "select ready, due_in, noted from pushpop.wait_for($1, $2)",
                 &[Type::TEXT, Type::UUID],
             ),
             settle_many: call(

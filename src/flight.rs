@@ -17,6 +17,9 @@ use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
 use crate::slot::FlightId;
 
+/// When it is worth looking again for those whose part of a flight was short, or of whom the server does not know yet.
+const SOON: Duration = Duration::from_millis(20);
+
 pub(crate) struct Flight<'a> {
     pub(crate) engine: &'a Arc<Engine>,
     pub(crate) link: &'a mut Link,
@@ -264,7 +267,7 @@ impl Flight<'_> {
                     outcome.look_in = Some(Duration::ZERO);
                 }
             } else {
-                outcome.look_in = Some(Duration::from_millis(20));
+                outcome.look_in = Some(SOON);
             }
         }
     }
@@ -347,10 +350,13 @@ impl Flight<'_> {
     fn look(&mut self, topic: &str, outcome: &mut Outcome) -> Result<bool> {
         let waiter = self.engine.client;
         let rows = self.run(|calls| &calls.wait_for, &[&topic, &waiter])?;
-        outcome.registered = true;
         let Some(row) = rows.first() else { return Ok(false) };
         let due_in: Option<f64> = row.get(1);
         outcome.look_in = due_in.and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());
+        outcome.registered = row.get(2);
+        if !outcome.registered {
+            outcome.look_in = outcome.look_in.min(Some(SOON)).or(Some(SOON));
+        }
         Ok(row.get(0) || outcome.look_in.is_some_and(|wait| wait.is_zero()))
     }
 

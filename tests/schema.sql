@@ -1778,7 +1778,7 @@ CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100) RETURNS SETOF text
       where l.topic = n.topic and l.lease_until <= statement_timestamp() and l.lease_until > '-infinity' offset 0)
   limit max
 $$;
-CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, OUT ready boolean, OUT due_in double precision) RETURNS record
+CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, OUT ready boolean, OUT due_in double precision, OUT noted boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -1810,6 +1810,7 @@ begin
       where t.topic = wait_for.topic;
     end if;
   end if;
+  noted := known.topic is not null;
   if paused then
     ready := false;
     return;
@@ -2064,6 +2065,6 @@ REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision, OUT noted boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;

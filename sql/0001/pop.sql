@@ -319,13 +319,14 @@ $body$;
 -- Says that somebody waits for a message of the topic: for the next half minute pushes notify
 -- (LISTEN to the channel named as this schema; the payload is the topic). Returns whether there
 -- is one already, and in how many seconds the next one may become free: a delayed one is due, or a
--- lease expires; of a topic that is paused neither. waiter: who asks, and is not woken for its own
--- pushes.
+-- lease expires; of a topic that is paused neither. noted: whether pushes notify now; if not, upkeep has
+-- the topic in its hands: ask again soon. waiter: who asks, and is not woken for its own pushes.
 create function pushpop.wait_for(
   topic  text,
   waiter uuid default null,
   out ready boolean,
-  out due_in double precision
+  out due_in double precision,
+  out noted boolean
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
@@ -359,6 +360,7 @@ begin
     end if;
   end if;
 
+  noted := known.topic is not null;
   if paused then
     ready := false;
     return;

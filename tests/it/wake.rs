@@ -298,3 +298,26 @@ fn polling_finds_what_no_notification_told() {
         assert_eq!(popped.recv_timeout(SOON).unwrap(), "m");
     });
 }
+
+/// Upkeep by another client has the topic's row just when somebody begins to wait: the server does not know of
+/// him then.
+#[test]
+fn a_waiter_who_could_not_be_noted_at_first_is_noted_soon() {
+    let world = World::new();
+    let queue = world.open(world.builder().poll_interval(SOON * 2));
+    let other = world.queue();
+    let (mut client, mut holder) = (world.client(), world.client());
+    other.push("t", "first").unwrap();
+    pop(&other, "t").complete().unwrap();
+    thread::scope(|scope| {
+        let mut tx = holder.transaction().unwrap();
+        tx.execute(&world.sql("select from pushpop.topics for update"), &[]).unwrap();
+        let waiting = scope.spawn(|| pop(&queue, "t").complete().unwrap());
+        until_listening(&world, &mut client);
+        thread::sleep(Duration::from_millis(200));
+        tx.rollback().unwrap();
+        until_wanted(&world, &mut client, "t");
+        other.push("t", "second").unwrap();
+        waiting.join().unwrap();
+    });
+}
