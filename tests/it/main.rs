@@ -15,10 +15,12 @@ mod limits;
 mod look;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod network;
 mod observe;
 mod outage;
 mod plans;
 mod pop;
+mod proxy;
 mod push;
 #[cfg(feature = "metrics")]
 mod recorder;
