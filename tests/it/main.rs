@@ -15,6 +15,7 @@ mod limits;
 mod look;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod names;
 mod network;
 mod observe;
 mod outage;
@@ -24,6 +25,7 @@ mod proxy;
 mod push;
 #[cfg(feature = "metrics")]
 mod recorder;
+mod roles;
 mod schema;
 mod settle;
 mod spans;

@@ -203,7 +203,7 @@ fn psql_installs_any_name() {
     with_each_name(|name| {
         let mut world = World::on(&url);
         world.schema = name.to_owned();
-        let mut psql = Command::new(guarded().bin_dir().join("psql"))
+        let mut psql = Command::new(guarded().program("psql"))
             .args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-v", "name=oops", &url])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())

@@ -272,7 +272,7 @@ fn the_public_items_are_those_that_are_listed() {
 
 /// A dump without what differs from one release of PostgreSQL to the next.
 fn dump(server: &Server, url: &str) -> String {
-    let output = Command::new(server.bin_dir().join("pg_dump"))
+    let output = Command::new(server.program("pg_dump"))
         .args(["--schema-only", "--no-owner", "--schema=pushpop", url])
         .output()
         .unwrap();

@@ -196,7 +196,7 @@ pub(crate) fn until_listening(world: &World, client: &mut Client) {
 pub(crate) fn guarded() -> &'static Server {
     static GUARDED: OnceLock<Server> = OnceLock::new();
     GUARDED.get_or_init(|| {
-        let server = Server::with(&[("fsync", "off")]).unwrap();
+        let server = Server::with(&[("fsync", "off"), ("password_encryption", "scram-sha-256")]).unwrap();
         let mut client = Client::connect(&server.url(), NoTls).unwrap();
         client.batch_execute("alter role postgres password 'correct'").unwrap();
         let rules = "host all all 127.0.0.1/32 scram-sha-256\n";

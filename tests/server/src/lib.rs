@@ -136,6 +136,12 @@ impl Server {
         &self.bin_dir
     }
 
+    /// Returns the path of a client program, such as `psql`: the one beside the server, or else that of `PATH`.
+    pub fn program(&self, name: &str) -> PathBuf {
+        let beside = self.bin_dir.join(name);
+        if beside.is_file() { beside } else { PathBuf::from(name) }
+    }
+
     /// Returns the process of the postmaster, unless the server is stopped.
     pub fn pid(&self) -> Option<u32> {
         self.postmaster.as_ref().map(Child::id)
