@@ -391,8 +391,9 @@ impl Queue {
             return self.try_pop_any(topics);
         }
         let deadline = Instant::now().checked_add(timeout);
-        let slot = self.ask_any(topics)?;
-        let leases = self.await_grants(&slot, deadline)?;
+        let span = span::pop_any(topics);
+        let leases = span.in_scope(|| self.await_grants(&*self.ask_any(topics)?, deadline))?;
+        span::popped(&span, &leases);
         Ok(leases.into_iter().next())
     }
 

@@ -37,6 +37,21 @@ pub(crate) fn pop(topic: &str) -> Span {
     debug_span!("pushpop.pop", topic, count = Empty, id = Empty, attempt = Empty, traceparent = Empty)
 }
 
+/// With all the topics that are asked.
+pub(crate) fn pop_any(topics: &[impl AsRef<str>]) -> Span {
+    match only(topics) {
+        Some(topic) => pop(topic.as_ref()),
+        None => debug_span!(
+            "pushpop.pop",
+            topic = ?topics.iter().map(AsRef::as_ref).collect::<Vec<&str>>(),
+            count = Empty,
+            id = Empty,
+            attempt = Empty,
+            traceparent = Empty
+        ),
+    }
+}
+
 pub(crate) fn popped(span: &Span, leases: &[Lease]) {
     if span.is_disabled() {
         return;

@@ -282,10 +282,13 @@ impl<'a> Worker<'a> {
         if asked.is_none() && self.stopping.is_set() {
             return None;
         }
+        let span = span::pop_any(&handler.topics).entered();
         let slot = asked.map_or_else(|| self.queue.ask_any(&handler.topics), Ok);
         match slot.and_then(|slot| self.stopping.wait(&slot)) {
             Ok(grants) => {
-                let lease = self.queue.leases(grants).pop()?;
+                let mut leases = self.queue.leases(grants);
+                span::popped(&span, &leases);
+                let lease = leases.pop()?;
                 if !self.stopping.is_set() {
                     return Some(lease);
                 }
@@ -329,10 +332,10 @@ impl<'a> Worker<'a> {
     fn work(&self, handler: &Handler<'a>, lease: Lease, watch: &Arc<Watch>, goes_on: bool) -> Option<Asked> {
         let (number, running) = watch.begin(&lease);
         let job = Job { lease, running, watch: Arc::clone(watch) };
-        let span = span::handle(&job).entered();
-        let result = catch_unwind(AssertUnwindSafe(|| (handler.call)(&job)));
-        let (verb, word) = self.verdict(&job, result);
-        drop(span);
+        let (verb, word) = span::handle(&job).in_scope(|| {
+            let result = catch_unwind(AssertUnwindSafe(|| (handler.call)(&job)));
+            self.verdict(&job, result)
+        });
         let Job { lease, running, .. } = job;
         let mine = running.claim();
         let event = Handled {
@@ -347,6 +350,7 @@ impl<'a> Worker<'a> {
             Some(verb) if mine => {
                 let (topic, settle) = (lease.topic(), lease.proof(verb));
                 let outcome = settle.verb.word();
+                let _span = span::settle(std::slice::from_ref(&lease), outcome).entered();
                 let alone = !goes_on || handler.topics.len() > 1 || self.stopping.is_set();
                 let (settled, asked) = if alone { (None, None) } else { self.turn(topic, &settle) };
                 if let Err(e) = self.settle(topic, &settle, &running, settled) {

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use pushpop_pg::NewMessage;
+use pushpop_pg::{NewMessage, Outcome, Worker};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Subscriber};
@@ -12,7 +12,7 @@ use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{Registry, filter::LevelFilter};
 
-use crate::world::{World, pop, pop_many};
+use crate::world::{SOON, World, pop, pop_many};
 
 const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 const SECRET: &str = "hunter2";
@@ -131,6 +131,34 @@ fn a_traceparent_is_shown_by_every_call_on_its_message() {
             notes.assert(&expected);
         }
     });
+}
+
+#[test]
+fn a_worker_has_spans_for_all_that_it_does() {
+    let world = World::new();
+    let queue = world.queue();
+    let notes = Notes::default();
+    let worker = Worker::new(&queue).handle("t", 1, |_| {
+        // So that spans of the handler's own are within it.
+        assert_eq!(tracing::Span::current().metadata().unwrap().name(), "pushpop.handle");
+        Ok(Outcome::Discard)
+    });
+    let id = queue.push("t", NewMessage::new(SECRET).header("traceparent", TRACEPARENT)).unwrap();
+    assert!(notes.of(LevelFilter::DEBUG, || worker.work_once().unwrap()));
+    let trace = format!("id={id} attempt=1 traceparent={TRACEPARENT:?}");
+    notes.assert(&[
+        format!("DEBUG pushpop.pop topic=\"t\" count=1 {trace}"),
+        format!("INFO pushpop.handle topic=\"t\" {trace}"),
+        format!(
+            "DEBUG pushpop.settle topic=\"t\" outcome=\"discard\" count=1 id={id} traceparent={TRACEPARENT:?}"
+        ),
+    ]);
+    queue.push("b", "m").unwrap();
+    let leases = notes.of(LevelFilter::DEBUG, || queue.pop_any(&["a", "b"], SOON).unwrap());
+    notes.assert(&[format!(
+        "DEBUG pushpop.pop topic=[\"a\", \"b\"] count=1 id={} attempt=1",
+        leases.unwrap().id()
+    )]);
 }
 
 #[test]
