@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use postgres::config::Host;
+use postgres::config::{Host, SslMode};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
-use postgres::{Config, NoTls, Socket};
+use postgres::{Client, Config, NoTls, Socket};
 
 use crate::calls::Calls;
 use crate::engine::{Engine, Settings};
@@ -18,6 +18,9 @@ use crate::link::{Links, Open, Route, bury, open_with};
 use crate::observer::{Observer, Silent};
 use crate::queue::{Handle, Queue};
 use crate::schema::Schema;
+use crate::url::Asked;
+#[cfg(not(feature = "rustls"))]
+use crate::url::Check;
 
 /// The settings of a [`Queue`], each with a default.
 ///
@@ -47,8 +50,8 @@ pub struct Builder {
     max_payload: usize,
     migrate: bool,
     pooler: bool,
-    open: Arc<Open>,
-    encrypts: bool,
+    /// By the user's own connector.
+    open: Option<Arc<Open>>,
     observer: Arc<dyn Observer>,
 }
 
@@ -67,8 +70,7 @@ impl Default for Builder {
             max_payload: limits::PAYLOAD,
             migrate: true,
             pooler: false,
-            open: open_with(NoTls),
-            encrypts: false,
+            open: None,
             observer: Arc::new(Silent),
         }
     }
@@ -152,8 +154,32 @@ impl Builder {
         self
     }
 
-    /// How connections are encrypted: any connector for the `postgres` crate. Default: none, so
-    /// that `sslmode=require` fails.
+    /// How connections are encrypted: any connector for the `postgres` crate, instead of what the feature
+    /// `rustls` would do. Default: none.
+    ///
+    /// Whether and how it checks the server's certificate is up to the connector: `verify-ca` and
+    /// `verify-full` in a URL then mean `require`, and `sslrootcert`, `sslcert` and `sslkey` are not read.
+    ///
+    /// ```no_run
+    /// # #[cfg(feature = "rustls")]
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # use pushpop_pg::Queue;
+    /// # let roots = rustls::RootCertStore::empty();
+    /// # let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    /// use tokio_postgres_rustls::MakeRustlsConnect;
+    ///
+    /// let config = rustls::ClientConfig::builder_with_provider(provider)
+    ///     .with_safe_default_protocol_versions()?
+    ///     .with_root_certificates(roots)
+    ///     .with_no_client_auth();
+    /// let queue = Queue::builder()
+    ///     .tls(MakeRustlsConnect::new(config))
+    ///     .connect("postgres://db.example.com/app?sslmode=require")?;
+    /// # Ok(())
+    /// # }
+    /// # #[cfg(not(feature = "rustls"))]
+    /// # fn main() {}
+    /// ```
     pub fn tls<T>(mut self, connector: T) -> Self
     where
         T: MakeTlsConnect<Socket> + Clone + Send + Sync + 'static,
@@ -161,8 +187,7 @@ impl Builder {
         T::Stream: Send,
         <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
     {
-        self.open = open_with(connector);
-        self.encrypts = true;
+        self.open = Some(open_with(connector));
         self
     }
 
@@ -193,15 +218,20 @@ impl Builder {
 
     /// Opens the queue at a URL, or with a connection string of keys and values.
     ///
+    /// `sslmode` and its like are those of other clients: see "Is it encrypted?" in the
+    /// [crate's documentation](crate). Files that they name are read here, once.
+    ///
     /// Blocks for as long as the connection, and the migration if there is one, take.
     ///
     /// # Errors
     ///
-    /// [`Invalid`](crate::ErrorKind::Invalid) for a URL that is none, or a setting outside its limits.
+    /// [`Invalid`](crate::ErrorKind::Invalid) for a URL that is none, a setting outside its limits, a certificate
+    /// that cannot be read, or encryption that takes the feature `rustls`.
     /// [`Connection`](crate::ErrorKind::Connection), [`Denied`](crate::ErrorKind::Denied),
     /// [`Schema`](crate::ErrorKind::Schema): with the cause.
     pub fn connect(self, url: &str) -> Result<Queue> {
-        let config = url.parse::<Config>().map_err(|e| {
+        let (url, asked) = crate::url::split(url).map_err(|e| e.during("connect", None))?;
+        let mut config = url.parse::<Config>().map_err(|e| {
             // The words of the parser may quote a part of the URL, and so the password.
             let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
             let safe = ["unexpected EOF", "invalid connection string"].iter().find(|s| cause.contains(**s));
@@ -211,20 +241,24 @@ impl Builder {
             ))
             .during("connect", None)
         })?;
-        self.connect_with(config)
+        if let Some(mode) = asked.mode {
+            config.ssl_mode(mode);
+        }
+        self.open_queue(config, &asked).map_err(|e| e.during("connect", None))
     }
 
     /// Opens the queue with a configuration of the driver's: several hosts, `target_session_attrs`,
-    /// a password that stands in no URL.
+    /// a password that stands in no URL. It has no word for checks of the server's certificate: for those take
+    /// [`connect`](Self::connect), or a connector of your own with [`tls`](Self::tls).
     ///
     /// # Errors
     ///
     /// Those of [`connect`](Self::connect).
     pub fn connect_with(self, config: Config) -> Result<Queue> {
-        self.open_queue(config).map_err(|e| e.during("connect", None))
+        self.open_queue(config, &Asked::default()).map_err(|e| e.during("connect", None))
     }
 
-    fn open_queue(self, mut config: Config) -> Result<Queue> {
+    fn open_queue(self, mut config: Config, asked: &Asked) -> Result<Queue> {
         self.check()?;
         if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
             config.host("localhost");
@@ -242,13 +276,23 @@ impl Builder {
         if config.get_tcp_user_timeout().is_none() {
             config.tcp_user_timeout(self.operation_timeout.min(Duration::from_secs(86_400)));
         }
-        if !self.encrypts {
-            warn_of_plaintext(&config);
-        }
+        let encrypts = self.open.is_some() || cfg!(feature = "rustls");
+        let open = self.opener(&config, asked)?;
         let schema = Schema::new(&self.schema);
         let greeting = (!self.pooler).then(|| self.greeting());
-        let route = Arc::new(Route::new(&config, Arc::clone(&self.open), self.connect_timeout, greeting));
-        self.prepare(&route, &schema)?;
+        let route = Arc::new(Route::new(&config, open, self.connect_timeout, greeting));
+        // `prefer`, the default, goes on without encryption where there is none.
+        let is_doubtful = config.get_ssl_mode() == SslMode::Prefer && is_remote(&config);
+        // A pooler's session says how the pooler reaches the server, not how we reach the pooler.
+        let asks = is_doubtful && encrypts && !self.pooler;
+        let is_plain = self.prepare(&route, &schema, asks)?;
+        if is_plain {
+            tracing::warn!("connections to another host are not encrypted: the server did not agree to it");
+        } else if is_doubtful && !encrypts {
+            tracing::warn!(
+                "connections to another host are not encrypted: there is neither the feature `rustls` nor a Builder::tls"
+            );
+        }
 
         let settings = Settings {
             pool_size: self.pool_size,
@@ -309,31 +353,71 @@ impl Builder {
         )
     }
 
-    /// Connects once, before anything else: so that what is wrong is known at once.
-    fn prepare(&self, route: &Arc<Route>, schema: &Schema) -> Result<()> {
+    /// By the user's connector, else as the URL asks.
+    fn opener(&self, config: &Config, asked: &Asked) -> Result<Arc<Open>> {
+        if let Some(own) = &self.open {
+            return Ok(Arc::clone(own));
+        }
+        let by_tcp = !config.get_hostaddrs().is_empty()
+            || config.get_hosts().iter().any(|host| matches!(host, Host::Tcp(_)));
+        match config.get_ssl_mode() {
+            SslMode::Disable => Ok(open_with(NoTls)),
+            _ if !by_tcp => Ok(open_with(NoTls)),
+            mode => by_feature(mode, asked),
+        }
+    }
+
+    /// Connects once, before anything else: so that what is wrong is known at once. Returns whether it is known
+    /// that nothing encrypts the connection; that costs a question.
+    fn prepare(&self, route: &Arc<Route>, schema: &Schema, asks: bool) -> Result<bool> {
         let deadline = Instant::now() + self.connect_timeout * 4 + self.operation_timeout;
         let mut client = route.connect(deadline)?;
         let (schema, migrate) = (schema.clone(), self.migrate);
         crate::link::within(deadline, "pushpop-migrate", move || {
-            let prepared = schema.prepare(&mut client, migrate);
+            let prepared = schema.prepare(&mut client, migrate).map(|()| asks && is_plain(&mut client));
             bury(client);
             prepared
         })
     }
 }
 
-/// `sslmode=prefer`, the default, goes on without encryption when there is no connector.
-fn warn_of_plaintext(config: &Config) {
-    let remote = config.get_hosts().iter().any(|host| match host {
-        Host::Tcp(name) => {
+/// By rustls, as the URL asks.
+#[cfg(feature = "rustls")]
+fn by_feature(mode: SslMode, asked: &Asked) -> Result<Arc<Open>> {
+    crate::tls::open(mode, asked)
+}
+
+#[cfg(not(feature = "rustls"))]
+fn by_feature(mode: SslMode, asked: &Asked) -> Result<Arc<Open>> {
+    let wants = match asked {
+        Asked { check: Check::Chain, .. } => "sslmode=verify-ca",
+        Asked { check: Check::Host, .. } => "sslmode=verify-full",
+        _ if mode == SslMode::Require => "sslmode=require",
+        Asked { root: Some(_), .. } => "sslrootcert",
+        Asked { identity: (None, None), .. } => return Ok(open_with(NoTls)),
+        _ => "a certificate of the client",
+    };
+    Err(Error::invalid(format!(
+        "{wants} needs the feature `rustls` of pushpop-pg, or a connector by Builder::tls"
+    )))
+}
+
+/// Whether one of the hosts is another machine, as far as one can tell.
+fn is_remote(config: &Config) -> bool {
+    let (hosts, addresses) = (config.get_hosts(), config.get_hostaddrs());
+    (0..hosts.len().max(addresses.len())).any(|i| match (addresses.get(i), hosts.get(i)) {
+        (Some(address), _) => !address.is_loopback(),
+        (None, Some(Host::Tcp(name))) => {
             name != "localhost" && !name.parse().is_ok_and(|address: IpAddr| address.is_loopback())
         }
-        #[cfg(unix)]
-        Host::Unix(_) => false,
-    });
-    if remote && config.get_ssl_mode() == postgres::config::SslMode::Prefer {
-        tracing::warn!("connections to another host are not encrypted: there is no Builder::tls");
-    }
+        _ => false,
+    })
+}
+
+fn is_plain(client: &mut Client) -> bool {
+    let sql = "select ssl from pg_catalog.pg_stat_ssl where pid = pg_catalog.pg_backend_pid()";
+    let row = client.query_typed(sql, &[]);
+    row.is_ok_and(|rows| rows.first().is_some_and(|row| row.try_get(0).is_ok_and(|ssl: bool| !ssl)))
 }
 
 impl fmt::Debug for Builder {

@@ -169,6 +169,39 @@
 //! # }
 //! ```
 //!
+//! # Is it encrypted?
+//!
+//! As `sslmode` in the URL says, and as other clients have it, if the crate's feature `rustls` is on:
+//!
+//! | `sslmode` | encrypted | who can read along or pose as the server |
+//! |---|---|---|
+//! | `disable` | no | whoever is on the way |
+//! | `prefer`, the default | if the server agrees | whoever is on the way and interferes |
+//! | `require` | yes, or it fails | whoever is on the way and interferes; with `sslrootcert` as with `verify-ca` |
+//! | `verify-ca` | yes, or it fails | whoever has a certificate of the same authority, for whatever host |
+//! | `verify-full` | yes, or it fails | nobody |
+//!
+//! ```text
+//! postgres://app@db.example.com/app?sslmode=verify-full&sslrootcert=/etc/ssl/db-authority.pem
+//! ```
+//!
+//! `sslrootcert` is a PEM file with the certificates of the authorities that are trusted. Without it
+//! `~/.postgresql/root.crt` is taken, if there is one. `sslrootcert=system` are the authorities that the system trusts, and
+//! means `verify-full`. `sslcert` and `sslkey` are a certificate and a key of the client's own, both PEM files. A file that is
+//! asked for and cannot be read is [`Invalid`](ErrorKind::Invalid); all are read once, when the queue is opened. A certificate
+//! that is refused is an error of kind [`Connection`](ErrorKind::Connection), and says why.
+//! `channel_binding=require` binds the password to the connection, so that nobody in between can use it;
+//! `sslnegotiation=direct` is for PostgreSQL 17 and newer. A socket file is never encrypted, whatever `sslmode` says.
+//!
+//! What rustls is strict about: a host is among the certificate's alternative names, its common name counts for nothing;
+//! certificates are of version 3; and a server's certificate that is an authority's itself is refused where certificates are
+//! checked.
+//!
+//! Without the feature nothing is encrypted, unless by a connector of your own ([`Builder::tls`]), which goes first in any
+//! case: native-tls, OpenSSL, or rustls set up otherwise. A URL that asks for more is then [`Invalid`](ErrorKind::Invalid),
+//! not ignored. With `prefer`, a connection to another host that ends up without encryption is warned of, once for each
+//! queue.
+//!
 //! # Does it work with an async runtime?
 //!
 //! It is a blocking library. From async code call it with the runtime's `spawn_blocking`, and have
@@ -192,7 +225,8 @@
 //! | [`schema`](Builder::schema) | `pushpop` | 1 to 63 bytes, not `pg_..`, no `$` |
 //! | [`application_name`](Builder::application_name) | `pushpop` | |
 //! | [`migrate`](Builder::migrate) | yes | |
-//! | [`tls`](Builder::tls) | none | |
+//! | `sslmode` of the URL | `prefer` | |
+//! | [`tls`](Builder::tls) | none, or what the feature `rustls` does | |
 //! | [`pooler`](Builder::pooler) | no | |
 //!
 //! # Limits
@@ -272,7 +306,7 @@
 //! | level | what |
 //! |---|---|
 //! | error | an [`Observer`] or a worker's handler panicked; a message ran out of attempts; a handler outlived its limit or the grace period; a worker could not settle a message |
-//! | warn | a worker's handler failed, or runs on and on; leases were not extended in time; the server is lost, once for each outage; a call that was never answered is written off; no thread could be started; the server is on another host, and nothing encrypts the connection |
+//! | warn | a worker's handler failed, or runs on and on; leases were not extended in time; the server is lost, once for each outage; a call that was never answered is written off; no thread could be started; the server is on another host, and nothing encrypts the connection; `sslrootcert` is of no use with `prefer` |
 //! | info | the schema was installed or migrated; the server is back; a worker was signalled, or has ended |
 //! | debug | upkeep that was put off, the listener's troubles, connections that broke and were replaced, releases |
 //!
@@ -315,6 +349,8 @@
 //! * `json`: `NewMessage::json` and `Message::json`, by serde.
 //! * `metrics`: `Metrics`, an [`Observer`] that counts by the `metrics` crate, whose exporters serve
 //!   Prometheus and others.
+//! * `rustls`: encryption as `sslmode` and `sslrootcert` of the URL ask for it, by rustls and ring; a C compiler
+//!   builds the latter. See "Is it encrypted?".
 //! * `signals`: `Worker::signals`, by the `signal-hook` crate.
 
 mod backoff;
@@ -345,9 +381,12 @@ mod slot;
 mod span;
 mod stopping;
 mod task;
+#[cfg(feature = "rustls")]
+mod tls;
 mod topic;
 mod transaction;
 mod upkeep;
+mod url;
 mod watch;
 mod worker;
 

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use postgres::config::Host;
+use postgres::config::{Host, SslMode};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::types::{IsNull, ToSql, Type};
 use postgres::{Client, Config, Row, Socket, Statement, Transaction};
@@ -130,6 +130,18 @@ fn split(config: &Config, connect_timeout: Duration) -> Vec<Config> {
                 one.port(*port);
             }
             copy(config, &mut one, connect_timeout);
+            match (config.get_hosts().get(i), config.get_hostaddrs().get(i)) {
+                // The name that a certificate is checked for, and without which the driver does not encrypt.
+                (None, Some(address)) => {
+                    one.host(&address.to_string());
+                }
+                // A socket file is never encrypted, whatever sslmode says: as libpq has it.
+                #[cfg(unix)]
+                (Some(Host::Unix(_)), None) => {
+                    one.ssl_mode(SslMode::Disable);
+                }
+                _ => {}
+            }
             one
         })
         .collect();

@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use postgres::{Client, NoTls};
 use pushpop_pg::{Error, ErrorKind, Queue};
 use pushpop_server::Server;
+use tracing_subscriber::filter::LevelFilter;
 
+use crate::spans::Notes;
 use crate::world::{World, guarded, guarded_role, guarded_url, stats, text, until};
 
 /// Far less than the time-outs of a queue that goes on trying.
@@ -165,6 +167,64 @@ fn target_session_attrs_chooses_the_host() {
     let error = world.builder().connect(&only).map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Connection, "{error}");
     assert!(started.elapsed() < AT_ONCE);
+}
+
+/// How often opening a queue warns that it is not encrypted.
+pub(crate) fn warnings(builder: pushpop_pg::Builder, url: &str) -> usize {
+    let notes = Notes::default();
+    let queue = notes.of(LevelFilter::WARN, || builder.connect(url)).unwrap();
+    queue.push("t", "m").unwrap();
+    notes.logged().matches("connections to another host are not encrypted").count()
+}
+
+#[test]
+fn another_host_without_encryption_is_warned_of() {
+    let local = guarded_url("postgres", "correct", "postgres");
+    let world = World::on(&local);
+    assert_eq!(warnings(world.builder(), &local), 0);
+    // An address of this machine, of which that is not to be seen.
+    let other = local.replace("127.0.0.1", "0.0.0.0");
+    assert_eq!(warnings(world.builder(), &other), 1);
+    assert_eq!(warnings(world.builder(), &format!("{other}?hostaddr=127.0.0.1")), 0);
+    assert_eq!(warnings(world.builder(), &format!("{local}?hostaddr=0.0.0.0")), 1);
+    assert_eq!(warnings(world.builder(), &format!("{other}?sslmode=disable")), 0);
+    // What is behind a pooler cannot be asked.
+    let unknown = usize::from(!cfg!(feature = "rustls"));
+    assert_eq!(warnings(world.builder().pooler(true), &other), unknown);
+}
+
+#[test]
+fn a_socket_file_is_served_whatever_sslmode_says() {
+    let server = Server::shared();
+    let world = World::on(&server.url());
+    for mode in ["prefer", "require", "verify-full"] {
+        let url = format!(
+            "host={} port={} user=postgres dbname=postgres sslmode={mode}",
+            server.socket_dir().display(),
+            server.port()
+        );
+        world.builder().connect(&url).unwrap().push("t", "m").unwrap();
+    }
+}
+
+#[test]
+#[cfg(not(feature = "rustls"))]
+fn encryption_that_takes_the_feature_is_refused() {
+    for params in [
+        "sslmode=require",
+        "sslmode=verify-ca",
+        "sslmode=verify-full&sslrootcert=root.crt",
+        "sslrootcert=root.crt",
+        "sslrootcert=system",
+        "sslcert=own.crt&sslkey=own.key",
+    ] {
+        // Nothing listens there: it is refused before anything is sent.
+        let url = format!("postgres://u:hunter2@127.0.0.1:1/d?{params}");
+        let error = Queue::connect(&url).map(drop).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
+        assert!(error.to_string().contains("needs the feature `rustls`"), "{error}");
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
 }
 
 #[test]

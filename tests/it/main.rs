@@ -31,6 +31,8 @@ mod settle;
 mod spans;
 mod threads;
 mod tidy;
+#[cfg(feature = "rustls")]
+mod tls;
 mod topics;
 mod transaction;
 mod upkeep;

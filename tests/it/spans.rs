@@ -19,7 +19,7 @@ const SECRET: &str = "hunter2";
 
 /// Writes down the spans that are closed, a line each, and whatever else is logged.
 #[derive(Clone, Default)]
-struct Notes {
+pub(crate) struct Notes {
     closed: Arc<Mutex<Vec<String>>>,
     events: Arc<Mutex<String>>,
 }
@@ -65,9 +65,14 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Notes {
 
 impl Notes {
     /// Those of what is called on this thread.
-    fn of<R>(&self, level: LevelFilter, work: impl FnOnce() -> R) -> R {
+    pub(crate) fn of<R>(&self, level: LevelFilter, work: impl FnOnce() -> R) -> R {
         let subscriber = Registry::default().with(self.clone().with_filter(level));
         tracing::subscriber::with_default(subscriber, work)
+    }
+
+    /// What was logged, but for the spans.
+    pub(crate) fn logged(&self) -> String {
+        self.events.lock().unwrap().clone()
     }
 
     #[track_caller]
