@@ -273,6 +273,14 @@
 //! Neither has rights on the tables: functions and views read them with those of their owner. Grant again after a
 //! migration, which may bring new functions.
 //!
+//! The least rights for producers, consumers and monitors stand in `docs/operations.md`.
+//!
+//! # How is it operated?
+//!
+//! `docs/operations.md`, in the repository and in the package of this crate, is a checklist for production: connections,
+//! leases, long transactions, poolers, rights, shutdown, backups, capacity, alerts. And it lists symptoms, most of them
+//! texts of errors and log lines, with what they come from and what to do.
+//!
 //! # Which errors are there, and which are worth a retry?
 //!
 //! Empty is no error. [`Error::kind`] tells apart what a program may want to tell apart;
@@ -412,3 +420,8 @@ pub use {postgres, time, uuid};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct Readme;
+
+/// And that of the document on operation.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/operations.md")]
+struct Operations;

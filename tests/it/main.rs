@@ -18,6 +18,7 @@ mod metrics;
 mod names;
 mod network;
 mod observe;
+mod operations;
 mod outage;
 mod plans;
 mod pop;
