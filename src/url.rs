@@ -36,8 +36,10 @@ const KEY: &str = "sslkey";
 
 /// Takes what we read ourselves out of a connection string, and leaves the rest to the driver.
 pub(crate) fn split(text: &str) -> Result<(String, Asked)> {
-    // What is not understood is the driver's to refuse.
-    let (rest, taken) = of_url(text).or_else(|| of_pairs(text)).unwrap_or_else(|| (text.to_owned(), vec![]));
+    let scheme = ["postgres://", "postgresql://"].into_iter().find(|scheme| text.starts_with(scheme));
+    let read = scheme.map_or_else(|| of_pairs(text), |scheme| of_url(text, scheme.len()));
+    // What we do not understand is the driver's to refuse.
+    let (rest, taken) = read.unwrap_or_else(|| (text.to_owned(), vec![]));
     // The last one counts, and an empty one is none.
     let last = |key| taken.iter().rfind(|(k, _)| *k == key).map(|(_, v)| v.clone()).filter(|v| !v.is_empty());
     let (mode, check) = match last(MODE).as_deref() {
@@ -68,9 +70,8 @@ fn ours(key: &str) -> Option<&'static str> {
     [MODE, ROOT, CERTIFICATE, KEY].into_iter().find(|k| *k == key)
 }
 
-/// `None` if the text is no URL, or none that we can read.
-fn of_url(text: &str) -> Option<(String, Taken)> {
-    let start = ["postgres://", "postgresql://"].into_iter().find(|s| text.starts_with(s))?.len();
+/// `None` if nothing is there to be taken.
+fn of_url(text: &str, start: usize) -> Option<(String, Taken)> {
     // As the driver has it, user and password end at the first `@`: a password may contain a `?`.
     let host = text[start..].find('@').map_or(start, |at| start + at);
     let (head, query) = text.split_at(host + text[host..].find('?')?);
@@ -155,9 +156,10 @@ mod tests {
         check("postgres://h?sslmode=disable&sslmode=require", "postgres://h", REQUIRE, Check::Nothing, None);
         check("postgres://h?sslmode=&sslrootcert=", "postgres://h", None, Check::Nothing, None);
         // A password that looks like parameters.
-        let url = "postgres://u:p?sslmode=disable&x=y@h/d";
-        check(url, url, None, Check::Nothing, None);
-        check(&format!("{url}?sslmode=require"), url, REQUIRE, Check::Nothing, None);
+        for url in ["postgres://u:p?sslmode=disable&x=y@h/d", "postgres://u:p=' sslmode=disable@h/d"] {
+            check(url, url, None, Check::Nothing, None);
+            check(&format!("{url}?sslmode=require"), url, REQUIRE, Check::Nothing, None);
+        }
     }
 
     #[test]

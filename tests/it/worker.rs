@@ -10,7 +10,7 @@ use pushpop_pg::{
     Backoff, ErrorKind, Flight, Handled, NewMessage, Observer, Outcome, Queue, State, Stuck, Worker,
 };
 
-use crate::world::{SOON, World, pop, stats, text, until, until_wanted};
+use crate::world::{SOON, World, pop, stats, text, unique, until, until_wanted};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -137,14 +137,16 @@ fn a_backoff_is_the_workers_or_the_default() {
     let world = World::new();
     let queue = world.queue();
     let waits = |backoff: Option<Backoff>| {
-        let id = queue.push("t", "m").unwrap();
-        let mut worker = Worker::new(&queue).handle("t", 1, |_| Err::<(), _>("no".into()));
+        // A topic of its own: what has failed before may be ready again.
+        let topic = &unique("t");
+        let id = queue.push(topic, "m").unwrap();
+        let mut worker = Worker::new(&queue).handle(topic, 1, |_| Err::<(), _>("no".into()));
         if let Some(backoff) = backoff {
             worker = worker.backoff(backoff);
         }
         assert!(worker.work_once().unwrap());
-        let found = queue.find("t", id).unwrap().unwrap();
-        let now = stats(&queue, "t").at();
+        let found = queue.find(topic, id).unwrap().unwrap();
+        let now = stats(&queue, topic).at();
         (found.ready_at() - now).as_seconds_f64()
     };
     // The clock has gone on since.
