@@ -317,6 +317,26 @@ begin
     where m.topic = find.topic and m.id = find.id;
 end
 $$;
+CREATE FUNCTION pushpop.finish(topic text, target tid[], fence integer, outcome text, moment timestamp with time zone, keep double precision) RETURNS integer
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  done integer;
+begin
+  if keep > 0 then
+    update "pushpop".messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = finish.topic and m.ctid = any (target) and m.fence = finish.fence and m.state in ('p', 'd', 'r', 'f', 'e');
+  else
+    delete from "pushpop".messages m
+    where m.topic = finish.topic and m.ctid = any (target) and m.fence = finish.fence and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  get diagnostics done = row_count;
+  return done;
+end
+$$;
 CREATE FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) RETURNS boolean
     LANGUAGE plpgsql
     AS $$
@@ -1219,6 +1239,7 @@ declare
   first    bytea   := substring(tokens[1] from 1 for 16);
   known    record;
   target   tid[];
+  fences   integer[];  -- of the messages as they were found
   ended    uuid[];
   places   integer[];
   alike    boolean;  -- whether all of them are of the first one's lease
@@ -1226,10 +1247,11 @@ declare
 begin
   -- Mostly they were popped together: one look at the lease proves them all.
   select l.ids, l.fences into known from "pushpop".leases l where l.topic = settle_done.topic and l.key = first;
-  select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+  select array_agg(m.tid), array_agg(m.fence), array_agg(u.id), array_agg(u.place::integer)
+  into target, fences, ended, places
   from unnest(ids, tokens) with ordinality u(id, token, place)
   cross join lateral (
-    select m.ctid as tid from "pushpop".messages m
+    select m.ctid as tid, m.fence from "pushpop".messages m
     where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
       and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
   ) m
@@ -1238,8 +1260,9 @@ begin
     and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
   alike := cardinality(places) = wanted;
   if alike is not true then
-    select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
-    into target, ended, places
+    select target || array_agg(m.tid), fences || array_agg(m.fence), ended || array_agg(u.id),
+           places || array_agg(u.place::integer)
+    into target, fences, ended, places
     from unnest(ids, tokens) with ordinality u(id, token, place)
     cross join lateral (
       select from "pushpop".leases l
@@ -1251,7 +1274,7 @@ begin
       limit 1
     ) l
     cross join lateral (
-      select m.ctid as tid from "pushpop".messages m
+      select m.ctid as tid, m.fence from "pushpop".messages m
       where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
@@ -1259,16 +1282,13 @@ begin
   end if;
   if target is null then
     return null;
-  elsif keep > 0 then
-    update "pushpop".messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
-        done_at = moment, delete_at = moment + keep * interval '1 second'
-    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+  elsif fences[1] = all (fences) then
+    done := "pushpop".finish(topic, target, fences[1], outcome, moment, keep);
   else
-    delete from "pushpop".messages m
-    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+    done := (
+      select sum("pushpop".finish(topic, f.target, f.fence, outcome, moment, keep))
+      from (select u.fence, array_agg(u.tid) as target from unnest(target, fences) u(tid, fence) group by u.fence) f);
   end if;
-  get diagnostics done = row_count;
   -- Some were reclaimed, or settled by a twin of this call, while this one waited for them.
   if done < cardinality(target) then
     select array_agg(u.id), array_agg(u.place) into ended, places
@@ -2026,6 +2046,7 @@ REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease do
 REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.find(topic text, id uuid) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.finish(topic text, target tid[], fence integer, outcome text, moment timestamp with time zone, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lease_interval(lease double precision) FROM PUBLIC;

@@ -198,6 +198,7 @@ declare
   first    bytea   := substring(tokens[1] from 1 for 16);
   known    record;
   target   tid[];
+  fences   integer[];  -- of the messages as they were found
   ended    uuid[];
   places   integer[];
   alike    boolean;  -- whether all of them are of the first one's lease
@@ -205,10 +206,11 @@ declare
 begin
   -- Mostly they were popped together: one look at the lease proves them all.
   select l.ids, l.fences into known from pushpop.leases l where l.topic = settle_done.topic and l.key = first;
-  select array_agg(m.tid), array_agg(u.id), array_agg(u.place::integer) into target, ended, places
+  select array_agg(m.tid), array_agg(m.fence), array_agg(u.id), array_agg(u.place::integer)
+  into target, fences, ended, places
   from unnest(ids, tokens) with ordinality u(id, token, place)
   cross join lateral (
-    select m.ctid as tid from pushpop.messages m
+    select m.ctid as tid, m.fence from pushpop.messages m
     where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
       and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
   ) m
@@ -218,8 +220,9 @@ begin
 
   alike := cardinality(places) = wanted;
   if alike is not true then
-    select target || array_agg(m.tid), ended || array_agg(u.id), places || array_agg(u.place::integer)
-    into target, ended, places
+    select target || array_agg(m.tid), fences || array_agg(m.fence), ended || array_agg(u.id),
+           places || array_agg(u.place::integer)
+    into target, fences, ended, places
     from unnest(ids, tokens) with ordinality u(id, token, place)
     cross join lateral (
       select from pushpop.leases l
@@ -231,7 +234,7 @@ begin
       limit 1
     ) l
     cross join lateral (
-      select m.ctid as tid from pushpop.messages m
+      select m.ctid as tid, m.fence from pushpop.messages m
       where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
@@ -240,16 +243,13 @@ begin
 
   if target is null then
     return null;
-  elsif keep > 0 then
-    update pushpop.messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
-        done_at = moment, delete_at = moment + keep * interval '1 second'
-    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+  elsif fences[1] = all (fences) then
+    done := pushpop.finish(topic, target, fences[1], outcome, moment, keep);
   else
-    delete from pushpop.messages m
-    where m.topic = settle_done.topic and m.ctid = any (target) and m.state in ('p', 'd', 'r', 'f', 'e');
+    done := (
+      select sum(pushpop.finish(topic, f.target, f.fence, outcome, moment, keep))
+      from (select u.fence, array_agg(u.tid) as target from unnest(target, fences) u(tid, fence) group by u.fence) f);
   end if;
-  get diagnostics done = row_count;
 
   -- Some were reclaimed, or settled by a twin of this call, while this one waited for them.
   if done < cardinality(target) then
@@ -276,6 +276,32 @@ begin
     perform pushpop.tidy_leases(settle_done.topic, array(select tokens[p] from unnest(places) p));
   end if;
   return places;
+end
+$body$;
+
+-- Completes or discards messages that were found with a certain fence, and returns how many. One that was handed on
+-- while this waited for it has another by now: servers before November 2025 (15.15 and its like) do not look again
+-- whether the ctid is still that of the row.
+create function pushpop.finish(
+  topic text, target tid[], fence integer, outcome text, moment timestamptz, keep double precision
+) returns integer
+language plpgsql
+as $body$
+#variable_conflict use_column
+declare
+  done integer;
+begin
+  if keep > 0 then
+    update pushpop.messages m
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+        done_at = moment, delete_at = moment + keep * interval '1 second'
+    where m.topic = finish.topic and m.ctid = any (target) and m.fence = finish.fence and m.state in ('p', 'd', 'r', 'f', 'e');
+  else
+    delete from pushpop.messages m
+    where m.topic = finish.topic and m.ctid = any (target) and m.fence = finish.fence and m.state in ('p', 'd', 'r', 'f', 'e');
+  end if;
+  get diagnostics done = row_count;
+  return done;
 end
 $body$;
 

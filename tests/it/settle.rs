@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use pushpop_pg::{Error, ErrorKind, Lease, NewMessage, Queue, SettleError, State};
 
-use crate::world::{SOON, World, drain, pop, pop_many, stats, text, until};
+use crate::world::{SOON, World, drain, pop, pop_many, stats, text, until, until_locked};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -557,4 +557,29 @@ fn failing_after_the_lease_has_killed_the_message_is_lost() {
     assert_eq!(before.last_error(), Some("the lease expired"));
     assert_lost(lease.fail("too late").unwrap_err().error(), "fail");
     assert_eq!(queue.find("t", id).unwrap().unwrap(), before);
+}
+
+/// Servers before November 2025 (15.15 and its like) did not look again whether `ctid = any (..)` is true of a row that
+/// they had waited for: a batch then completed messages that were handed on meanwhile.
+#[test]
+fn a_batch_that_waited_while_its_messages_were_handed_on_is_lost() {
+    let world = World::new();
+    let queue = world.queue();
+    let (mut other, mut watcher) = (world.client(), world.client());
+    let ids = queue.push_many("t", ["a", "b"]).unwrap();
+    let leases = pop_many(&queue, "t", 2);
+    let expire = world.sql("update pushpop.leases set lease_until = clock_timestamp() - interval '1 second'");
+    other.batch_execute(&expire).unwrap();
+    let mut handing_on = other.transaction().unwrap();
+    assert_eq!(handing_on.query(&world.sql("select id from pushpop.pop('t', 2)"), &[]).unwrap().len(), 2);
+    thread::scope(|scope| {
+        let settling = scope.spawn(|| queue.complete_many(leases));
+        until_locked(&world, &mut watcher);
+        handing_on.commit().unwrap();
+        assert_eq!(settling.join().unwrap().unwrap().len(), 2);
+    });
+    for id in ids {
+        let found = queue.find("t", id).unwrap().unwrap();
+        assert!(matches!(found.state(), State::Leased { .. }), "{found:?}");
+    }
 }
