@@ -34,10 +34,12 @@ pub(crate) fn quoted(name: &str) -> String {
 /// A schema of a test's own, with the queue installed; gone with it.
 pub(crate) struct World {
     pub(crate) url: String,
+    /// Which a test may change.
     pub(crate) schema: String,
+    born_as: String,
 }
 
-/// Worlds that are in use: the schema, its test, and since when.
+/// Worlds that are in use: by their first names, the test and since when.
 static OPEN: Mutex<Vec<(String, String, Instant)>> = Mutex::new(Vec::new());
 
 /// A test that hangs is named, and fails: a thread that panics within a scope waits for its siblings for ever.
@@ -69,7 +71,7 @@ impl World {
         let schema = unique("it");
         let test = thread::current().name().unwrap_or_default().to_owned();
         OPEN.lock().unwrap().push((schema.clone(), test, Instant::now()));
-        World { url: url.to_owned(), schema }
+        World { url: url.to_owned(), born_as: schema.clone(), schema }
     }
 
     /// A builder for this schema, whose connections go by its name.
@@ -102,7 +104,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        OPEN.lock().unwrap().retain(|(schema, ..)| *schema != self.schema);
+        OPEN.lock().unwrap().retain(|(name, ..)| *name != self.born_as);
         let dropped = Client::connect(&self.url, NoTls).and_then(|mut client| {
             client.batch_execute(&format!(
                 "set client_min_messages = warning; set lock_timeout = '2s'; drop schema if exists {} cascade",
