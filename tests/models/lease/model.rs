@@ -61,8 +61,9 @@ pub(crate) enum Bug {
     OpenTwice,
     /// The mark of reclaimed leases is never begun anew.
     MarkForEver,
-    /// A batch of settles writes to whatever its rows have become while it waited for them: as servers before 15.15
-    /// do with `ctid = any (..)`, unless the statement compares the number of the delivery too.
+    /// A batch of settles writes to whatever its rows have become while it waited for them: servers before 15.15 and its
+    /// like do so with `ctid = any (..)`. It was so in the code once, until the statement compared the number of the
+    /// delivery too.
     CtidNotLookedAtAgain,
 }
 
