@@ -1,0 +1,149 @@
+//! Deliberate faults: a checker that finds none of them is worth nothing.
+
+use pushpop_pg::BoxError;
+use pushpop_pg::postgres::Client;
+
+/// A fault, and where it is.
+pub(crate) struct Broken {
+    pub(crate) name: &'static str,
+    /// The functions that are changed: name, what is there, what stands there instead. None: the clients do it.
+    patches: &'static [(&'static str, &'static str, &'static str)],
+}
+
+const SETTLED: &str = "m.fence = delivery - 1";
+
+pub(crate) const ALL: [Broken; 20] = [
+    // Clients.
+    client("settle-before-work"),
+    client("new-id-on-retry"),
+    client("trusting-producer"),
+    client("delete-the-row"),
+    client("effect-apart"),
+    client("no-listen-again"),
+    client("no-second-look"),
+    // Each reclaims by its own clock, and some of these are ahead.
+    Broken {
+        name: "client-clock",
+        patches: &[(
+            "reclaim",
+            "l.lease_until <= moment",
+            "l.lease_until <= moment + interval '10 seconds' * (pg_backend_pid() % 2)",
+        )],
+    },
+    // The functions.
+    Broken {
+        name: "unfenced-settle",
+        patches: &[
+            ("settle_single", SETTLED, "true"),
+            ("settle_single", "and m.state in ('p', 'd', 'r', 'f', 'e')", ""),
+            (
+                "prove",
+                "return case when int4send(delivery) = substring(token from 19) then delivery end;",
+                "return 1;",
+            ),
+            ("settle_done", "and int4send(m.fence + 1) = substring(u.token from 19)", ""),
+        ],
+    },
+    Broken {
+        name: "lease-not-written",
+        patches: &[(
+            "pop",
+            "values (pop.topic, token, until, 1, taken.ids, taken.fences);",
+            "select pop.topic, token, until, 1, taken.ids, taken.fences where random() < 0.5;",
+        )],
+    },
+    Broken {
+        name: "reclaims-early",
+        patches: &[(
+            "reclaim",
+            "l.lease_until <= moment",
+            "l.lease_until <= moment + interval '1500 milliseconds'",
+        )],
+    },
+    Broken { name: "never-reclaims", patches: &[("reclaim", "l.lease_until <= moment", "false")] },
+    Broken {
+        name: "run-dropped",
+        patches: &[(
+            "push",
+            "values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);",
+            "select push.topic, due, stamped, 1, 1, pushed, array[pushed] where random() < 0.98;",
+        )],
+    },
+    Broken {
+        name: "never-notes",
+        patches: &[("wait_for", "set wanted_until = until", "set wanted_until = '-infinity'")],
+    },
+    Broken {
+        name: "newest-first",
+        patches: &[(
+            "take_runs",
+            "order by q.ready_at, q.pushed_at, q.place, q.id",
+            "order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc",
+        )],
+    },
+    Broken {
+        name: "same-token",
+        patches: &[(
+            "pop",
+            "token := uuid_send(gen_random_uuid());",
+            "token := decode(md5(taken.ids[1]::text), 'hex');",
+        )],
+    },
+    Broken {
+        name: "other-payload",
+        patches: &[(
+            "pop",
+            "select m.id, m.payload, m.headers, token",
+            "select m.id, m.payload || '\\x00'::bytea, m.headers, token",
+        )],
+    },
+    Broken {
+        name: "duplicate-under-another-id",
+        patches: &[(
+            "push",
+            "duplicate := not found;",
+            "if not found then
+               pushed := pushpop.new_id();
+               insert into pushpop.messages (topic, id, payload, place, pushed_at, ready_at)
+               values (push.topic, pushed, push.payload, 1, stamped, due);
+             end if;
+             duplicate := false;",
+        )],
+    },
+    Broken {
+        name: "settle-only-said",
+        patches: &[
+            ("settle_single", "m.fence = delivery - 1", "false"),
+            ("settle_many", "if coalesce(cardinality(settled), 0) < wanted then", "if false then"),
+        ],
+    },
+    Broken {
+        name: "forgets-the-first",
+        patches: &[
+            ("settle_done", "m.ctid = any (target)", "m.ctid = any (target[2:])"),
+            ("settle_done", "done < cardinality(target)", "false"),
+            ("settle_many", "if coalesce(cardinality(settled), 0) < wanted then", "if false then"),
+        ],
+    },
+];
+
+const fn client(name: &'static str) -> Broken {
+    Broken { name, patches: &[] }
+}
+
+/// Breaks the functions of the schema, if it is they that are to be broken.
+pub(crate) fn apply(name: &str, client: &mut Client) -> Result<(), BoxError> {
+    let broken = ALL.iter().find(|broken| broken.name == name);
+    let broken = broken.ok_or_else(|| format!("there is no fault {name}"))?;
+    for (function, from, to) in broken.patches {
+        let sql = "select pg_get_functiondef(p.oid) from pg_proc p
+                   where p.pronamespace = 'pushpop'::regnamespace and p.proname = $1";
+        let is: String = client.query_one(sql, &[function])?.get(0);
+        let broken = is.replace(from, to);
+        if broken == is {
+            return Err(format!("{function} has changed: there is no {from:?}").into());
+        }
+        client.batch_execute(&broken)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,389 @@
+//! The checker: the properties of the contract, against all logs and the store.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+
+use pushpop_pg::uuid::Uuid;
+
+use crate::history::{Grant, History, Known, Place, Settle, Verb};
+use crate::journal::Outcome;
+use crate::plan::EFFECTS;
+use crate::store::{Granted, Store, Stored};
+
+/// How many violations of a property are shown with their lines.
+const SHOWN: usize = 3;
+
+/// How many lines are shown for one.
+const LINES: usize = 16;
+
+/// What the check of a property came to.
+#[derive(Debug)]
+pub(crate) struct Property {
+    pub(crate) name: &'static str,
+    /// What it was checked on, and what it could not be checked on.
+    pub(crate) checked: String,
+    pub(crate) found: usize,
+    shown: Vec<(String, Vec<Place>)>,
+}
+
+impl Property {
+    fn new(name: &'static str) -> Self {
+        Property { name, checked: String::new(), found: 0, shown: Vec::new() }
+    }
+
+    fn violated(&mut self, what: String, places: Vec<Place>) {
+        self.found += 1;
+        if self.shown.len() < SHOWN {
+            self.shown.push((what, places));
+        }
+    }
+}
+
+/// Checks all properties.
+pub(crate) fn check(history: &History, store: &Store) -> Vec<Property> {
+    vec![
+        no_loss(history, store),
+        no_phantom(history, store),
+        one_live_lease(history, store),
+        tokens(history, store),
+        order(history),
+        liveness(history),
+        exactly_one_effect(history, store),
+        pushed_once(history, store),
+    ]
+}
+
+/// The properties as text, each with what it was checked on, and violations with the lines that prove them.
+pub(crate) fn render(properties: &[Property], history: &History) -> String {
+    let mut text = String::new();
+    for (number, property) in properties.iter().enumerate() {
+        let verdict = match property.found {
+            0 => "holds".to_owned(),
+            found => format!("VIOLATED {found} times"),
+        };
+        let _ = writeln!(text, "{} {}: {verdict}; {}", number + 1, property.name, property.checked);
+        for (what, places) in &property.shown {
+            let _ = writeln!(text, "    {what}");
+            for place in places.iter().take(LINES) {
+                let _ = writeln!(text, "        {}", history.line(*place));
+            }
+            if places.len() > LINES {
+                let _ = writeln!(text, "        and {} more", places.len() - LINES);
+            }
+        }
+    }
+    text
+}
+
+/// Every acknowledged push is settled after its work was done, or dead of its attempts, once all is drained.
+fn no_loss(history: &History, store: &Store) -> Property {
+    let mut property = Property::new("no loss");
+    let (mut answered, mut unanswered, mut completed, mut discarded, mut dead) = (0, 0, 0, 0, 0);
+    for (id, known) in &history.known {
+        let Some(push) = &known.push else { continue };
+        let stored = store.messages.get(id);
+        if push.is_answered {
+            answered += 1;
+        } else {
+            unanswered += u64::from(stored.is_some());
+        }
+        match stored {
+            None if push.is_answered => {
+                property.violated(format!("{id} was acknowledged, and is not stored"), known.places());
+            }
+            None => {}
+            Some(stored) if stored.is_settled() => {
+                if stored.state == 'c' {
+                    completed += 1
+                } else {
+                    discarded += 1
+                }
+                if !was_worked(known, stored.fence) {
+                    let what = format!("{id} was settled before its work was done");
+                    property.violated(what, known.places());
+                }
+            }
+            Some(stored) if stored.is_dead() => {
+                dead += 1;
+                if stored.max_attempts.is_none_or(|most| stored.attempt < i32::from(most)) {
+                    property.violated(format!("{id} is dead with attempts left"), known.places());
+                }
+            }
+            Some(stored) => {
+                let what = format!("{id} is stored as {:?}, and nobody gets it", stored.state);
+                property.violated(what, known.places());
+            }
+        }
+    }
+    property.checked = format!(
+        "{answered} acknowledged pushes and {unanswered} others that were stored: {completed} completed, \
+         {discarded} discarded, {dead} dead"
+    );
+    property
+}
+
+/// Whether the work of a delivery was done before its process asked for the end of the message.
+fn was_worked(known: &Known, fence: i64) -> bool {
+    let settles = known.settles.iter().filter(|s| s.fence == fence && s.verb.is_final());
+    let Some((file, line)) = settles.map(|s| s.place).min() else { return false };
+    known.works.iter().any(|(f, work)| *f == fence && work.0 == file && work.1 <= line)
+}
+
+/// What was popped, and what is stored, was pushed, with this payload.
+fn no_phantom(history: &History, store: &Store) -> Property {
+    let mut property = Property::new("no phantom");
+    let mut deliveries = 0;
+    for (id, known) in &history.known {
+        for grant in &known.grants {
+            deliveries += 1;
+            match &known.push {
+                None => property.violated(format!("{id} was never pushed"), vec![grant.place]),
+                Some(push) if push.hash != grant.hash => {
+                    let what = format!("{id} was delivered with another payload");
+                    property.violated(what, vec![push.place, grant.place]);
+                }
+                Some(_) => {}
+            }
+        }
+    }
+    for (id, stored) in &store.messages {
+        match history.known.get(id).and_then(|known| known.push.as_ref()) {
+            None => property.violated(format!("{id} is stored, and was never pushed"), Vec::new()),
+            Some(push) if push.hash != stored.hash => {
+                property.violated(format!("{id} is stored with another payload"), vec![push.place]);
+            }
+            Some(_) => {}
+        }
+    }
+    property.checked = format!("{deliveries} deliveries, {} stored messages", store.messages.len());
+    property
+}
+
+/// No delivery of a message before the last one's deadline, unless that was settled.
+fn one_live_lease(history: &History, store: &Store) -> Property {
+    let mut property = Property::new("one live lease");
+    let (mut checked, mut followed, mut unseen) = (0, 0, 0);
+    for (id, known) in &history.known {
+        let stored = store.grants.get(id).map_or(&[][..], Vec::as_slice);
+        unseen += stored.iter().filter(|g| known.grants.iter().all(|seen| seen.fence != g.fence)).count();
+        for (n, grant) in known.grants.iter().enumerate() {
+            checked += 1;
+            if let Some(twin) = known.grants[..n].iter().find(|other| other.fence == grant.fence) {
+                let what = format!("delivery {} of {id} was handed out twice", grant.fence);
+                property.violated(what, vec![twin.place, grant.place]);
+            }
+            let Some((at, place)) = next(known, stored, grant.fence) else { continue };
+            followed += 1;
+            let ended =
+                known.settles.iter().any(|s| s.fence == grant.fence && s.may_have_ended() && s.wall <= at);
+            if at < grant.deadline && !ended {
+                let what = format!(
+                    "{id} was handed out again {} ms before the deadline of delivery {}",
+                    (grant.deadline - at) / 1000,
+                    grant.fence
+                );
+                property.violated(what, [Some(grant.place), place].into_iter().flatten().collect());
+            }
+        }
+        for (n, grant) in stored.iter().enumerate() {
+            if stored[..n].iter().any(|other| other.fence == grant.fence) {
+                let what = format!("delivery {} of {id} was granted twice", grant.fence);
+                property.violated(what, known.places());
+            }
+        }
+    }
+    property.checked = format!(
+        "{checked} deliveries that a client knows of, {followed} of them followed by another; not on {unseen} \
+         whose client died or had gone before it could write"
+    );
+    property
+}
+
+/// The delivery that followed another: by the server's clock where it is known, else when the client had it.
+fn next(known: &Known, stored: &[Granted], fence: i64) -> Option<(i64, Option<Place>)> {
+    let seen = known.grants.iter().filter(|g| g.fence > fence).min_by_key(|g| g.fence);
+    let granted = stored.iter().filter(|g| g.fence > fence).min_by_key(|g| g.fence);
+    match (granted, seen) {
+        (Some(granted), Some(seen)) if seen.fence == granted.fence => Some((granted.at, Some(seen.place))),
+        (Some(granted), _) => Some((granted.at, None)),
+        (None, Some(seen)) => Some((seen.wall, Some(seen.place))),
+        (None, None) => None,
+    }
+}
+
+/// Only the newest delivery's settle takes effect, at most once; no token is given twice.
+fn tokens(history: &History, store: &Store) -> Property {
+    let mut property = Property::new("tokens");
+    let (mut settles, mut stale, mut lost) = (0, 0, 0);
+    for (id, known) in &history.known {
+        let stored = store.messages.get(id);
+        let granted = store.grants.get(id).map_or(&[][..], Vec::as_slice);
+        for settle in &known.settles {
+            settles += 1;
+            lost += usize::from(settle.outcome == Outcome::Lost);
+            let late = next(known, granted, settle.fence).is_some_and(|(at, _)| at < settle.wall);
+            stale += usize::from(late);
+            if settle.outcome != Outcome::Ok {
+                continue;
+            }
+            if let Some(what) = wrongly_accepted(known, stored, granted, settle, late) {
+                property.violated(format!("{id}: {what}"), known.places());
+            }
+        }
+        if let Some(stored) = stored.filter(|stored| stored.is_settled()) {
+            let verb = if stored.state == 'c' { Verb::Complete } else { Verb::Discard };
+            if !known.settles.iter().any(|s| s.fence == stored.fence && s.verb == verb) {
+                let what = format!("{id} was settled by delivery {}, which nobody asked for", stored.fence);
+                property.violated(what, known.places());
+            }
+        }
+    }
+    if store.repeated_tokens > 0 {
+        property.violated(format!("{} keys of tokens were given twice", store.repeated_tokens), Vec::new());
+    }
+    property.checked = format!(
+        "{settles} settles; {stale} of them stale when tried, {lost} told that the lease was lost; {} keys of tokens",
+        store.tokens
+    );
+    property
+}
+
+/// Why a settle that was answered with ok should not have been.
+fn wrongly_accepted(
+    known: &Known,
+    stored: Option<&Stored>,
+    granted: &[Granted],
+    settle: &Settle,
+    late: bool,
+) -> Option<String> {
+    let fence = settle.fence;
+    if settle.verb.is_final() {
+        let state = if settle.verb == Verb::Complete { 'c' } else { 'x' };
+        if next(known, granted, fence).is_some() {
+            return Some(format!("delivery {fence} was settled, and another followed"));
+        }
+        if let Some(stored) = stored.filter(|stored| stored.fence != fence || stored.state != state) {
+            let (state, over) = (stored.state, stored.fence);
+            return Some(format!(
+                "delivery {fence} was settled, but the message is {state:?} after {over} deliveries"
+            ));
+        }
+    }
+    let before =
+        |s: &&Settle| s.fence == fence && s.verb == settle.verb && s.wall < settle.wall && s.may_have_ended();
+    if late && !known.settles.iter().any(|s| before(&s)) {
+        return Some(format!("delivery {fence} was settled after it was handed on"));
+    }
+    let other = |s: &&Settle| {
+        s.fence == fence && s.outcome == Outcome::Ok && s.verb != settle.verb && s.verb != Verb::Extend
+    };
+    (settle.verb != Verb::Extend && known.settles.iter().any(|s| other(&s)))
+        .then(|| format!("delivery {fence} was settled in two ways"))
+}
+
+/// One consumer sees strict push order: a message that it gets for the first time was pushed after all such before.
+fn order(history: &History) -> Property {
+    let mut property = Property::new("order");
+    let (mut checked, mut again) = (0, 0);
+    let mut last: Option<(usize, Place)> = None;
+    for (id, fence, place) in &history.got_in_order {
+        let Some(position) = history.pushed_in_order.get(id).copied() else { continue };
+        if *fence > 1 {
+            again += 1;
+            continue;
+        }
+        checked += 1;
+        if let Some((before, at)) = last.filter(|(before, _)| *before >= position) {
+            let what = format!("{id}, pushed as number {position}, came after number {before}");
+            property.violated(what, vec![at, *place]);
+        }
+        last = Some((position, *place));
+    }
+    property.checked = format!(
+        "{checked} first deliveries of {} messages; not on {again} whose first delivery was lost with its answer",
+        history.pushed_in_order.len()
+    );
+    property
+}
+
+/// When faults stop, the backlog reaches zero in time.
+fn liveness(history: &History) -> Property {
+    let mut property = Property::new("liveness");
+    let Some((calm, bound)) = history.calm else {
+        property.violated("the faults have not ended".into(), Vec::new());
+        return property;
+    };
+    let seconds = |micros: i64| format!("{}.{} s", micros / 1_000_000, micros / 100_000 % 10);
+    match history.drained {
+        Some(drained) => {
+            property.checked = format!("drained after {} of {}", seconds(drained - calm), seconds(bound));
+            if drained - calm > bound {
+                property.violated("the backlog took too long".into(), Vec::new());
+            }
+        }
+        None => {
+            property.checked = format!("not drained within {}", seconds(bound));
+            property.violated("the backlog did not reach zero".into(), Vec::new());
+        }
+    }
+    property
+}
+
+/// A completed message of the topic `effects` has one effect, and no other has any.
+fn exactly_one_effect(history: &History, store: &Store) -> Property {
+    let mut property = Property::new("exactly one effect");
+    let mut checked = 0;
+    for (id, known) in &history.known {
+        if known.push.as_ref().is_none_or(|push| &*push.topic != EFFECTS) {
+            continue;
+        }
+        let Some(stored) = store.messages.get(id) else { continue };
+        checked += 1;
+        let (is, should) =
+            (store.effects.get(id).copied().unwrap_or_default(), u64::from(stored.state == 'c'));
+        if is != should {
+            property.violated(format!("{id} has {is} effects instead of {should}"), known.places());
+        }
+    }
+    for id in store.effects.keys().filter(|id| !history.known.contains_key(id)) {
+        property.violated(format!("{id} has an effect, and was never pushed"), Vec::new());
+    }
+    property.checked = format!("{checked} messages, {} effects", store.effects.values().sum::<u64>());
+    property
+}
+
+/// What a producer pushed under one name, until it was answered, is one message.
+fn pushed_once(history: &History, store: &Store) -> Property {
+    let mut property = Property::new("pushed once");
+    let mut names: HashMap<&str, Vec<Uuid>> = HashMap::new();
+    for (id, stored) in &store.messages {
+        names.entry(&stored.name).or_default().push(*id);
+    }
+    for (name, ids) in &names {
+        if ids.len() > 1 {
+            let known = ids.iter().filter_map(|id| history.known.get(id)?.push.as_ref());
+            let places = known.map(|push| push.place).collect();
+            property.violated(format!("{name} is stored {} times", ids.len()), places);
+        }
+    }
+    let pushes = || history.known.values().filter_map(|known| known.push.as_ref());
+    let repeated = pushes().filter(|push| push.calls > 1).count();
+    for push in pushes().filter(|push| push.is_answered && !names.contains_key(&*push.name)) {
+        property.violated(format!("{} was acknowledged, and is not stored", push.name), vec![push.place]);
+    }
+    property.checked = format!("{} messages, {repeated} of them pushed more than once", names.len());
+    property
+}
+
+impl Known {
+    /// Where it is spoken of.
+    fn places(&self) -> Vec<Place> {
+        let pushed = self.push.iter().map(|push| push.place);
+        let others = self.grants.iter().map(|g: &Grant| g.place);
+        let others = others.chain(self.works.iter().map(|(_, place)| *place));
+        let mut others: Vec<Place> = others.chain(self.settles.iter().map(|s| s.place)).collect();
+        others.sort_unstable();
+        others.dedup();
+        pushed.chain(others).collect()
+    }
+}

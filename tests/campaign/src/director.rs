@@ -1,0 +1,411 @@
+//! Runs a campaign: a server, its clients as processes, faults, a drain, the check.
+
+use std::env;
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pushpop_pg::postgres::{Client, Config, NoTls};
+use pushpop_pg::{BoxError, Queue, TopicSettings};
+use pushpop_server::Server;
+
+use crate::args::Args;
+use crate::broken;
+use crate::chance::Chance;
+use crate::check::{Property, check, render};
+use crate::history::History;
+use crate::journal::Journal;
+use crate::plan::{ORDER, PLAIN, Plan, WORK};
+use crate::store;
+
+/// How long a process may take to end when it is told to.
+const ENDING: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    Producer,
+    Worker,
+    Plain,
+    /// The one consumer of the topic `order`: a worker that is left alone.
+    Order,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    Kill,
+    KillServer,
+    Stop,
+    Terminate,
+    KillBackend,
+}
+
+/// A child process.
+struct Member {
+    role: Role,
+    name: String,
+    args: Args,
+    child: Child,
+    lives: u32,
+    /// When it may go on, if it is stopped.
+    stopped_until: Option<Instant>,
+}
+
+struct Director<'a> {
+    plan: &'a Plan,
+    args: &'a Args,
+    dir: PathBuf,
+    journal: Journal,
+    server: Server,
+    members: Vec<Member>,
+    chance: Chance,
+}
+
+/// Runs a campaign and checks it; returns whether every property holds.
+pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
+    let begun = Instant::now();
+    let dir = scratch()?;
+    let mut director = Director::start(plan, args, dir.clone())?;
+    let ran = director.play();
+    let faulted = begun.elapsed();
+    let checked = match ran {
+        Ok(()) => director.check(),
+        Err(e) => {
+            println!("{}", director.server.log().lines().rev().take(20).collect::<Vec<_>>().join("\n"));
+            Err(e)
+        }
+    };
+    drop(director);
+    let holds = checked.as_ref().is_ok_and(|properties| properties.iter().all(|p| p.found == 0));
+    println!(
+        "{} in {} s, of them {} s for the check",
+        if holds { "all properties hold" } else { "NOT all properties hold" },
+        begun.elapsed().as_secs(),
+        (begun.elapsed() - faulted).as_secs()
+    );
+    if holds || args.number("forget", 0)? > 0 {
+        fs::remove_dir_all(&dir)?;
+    } else {
+        println!("the logs are in {}", dir.display());
+    }
+    checked.map(|_| holds)
+}
+
+/// A directory of this run's own.
+fn scratch() -> Result<PathBuf, BoxError> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let name = format!("pushpop-campaign-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+    let dir = env::temp_dir().join(name);
+    fs::create_dir_all(&dir)?;
+    Ok(dir)
+}
+
+impl<'a> Director<'a> {
+    fn start(plan: &'a Plan, args: &'a Args, dir: PathBuf) -> Result<Self, BoxError> {
+        // What is killed here is processes; still, the server that is killed runs as one in earnest would.
+        let fsync = if plan.server_kills + plan.backend_kills > 0 { "on" } else { "off" };
+        let server = Server::with(&[("fsync", fsync), ("max_connections", "300")])?;
+        let queue = Queue::connect(&server.url())?;
+        let backoff =
+            TopicSettings::default().with_backoff(Duration::from_millis(50), Duration::from_millis(200));
+        queue.topic(WORK).set(&backoff)?;
+        let mut client = Client::connect(&server.url(), NoTls)?;
+        client.batch_execute(store::SETUP)?;
+        if let Ok(name) = args.text("broken") {
+            broken::apply(name, &mut client)?;
+        }
+        let version: String = client.query_one("select current_setting('server_version')", &[])?.get(0);
+        println!(
+            "campaign {}: seed {}, {} messages, {} workers and {} in SQL; {} kills, {} of the server, {} stops, \
+             {} terminated and {} killed backends; leases of {:?}; PostgreSQL {version}, fsync {fsync}",
+            plan.name,
+            plan.seed,
+            plan.messages,
+            plan.workers,
+            plan.plains,
+            plan.kills,
+            plan.server_kills,
+            plan.stops,
+            plan.terminations,
+            plan.backend_kills,
+            plan.lease
+        );
+        let journal = Journal::open(&dir.join("director.log"))?;
+        let chance = Chance::new(plan.seed);
+        Ok(Director { plan, args, dir, journal, server, members: Vec::new(), chance })
+    }
+
+    fn play(&mut self) -> Result<(), BoxError> {
+        let mixed = self.plan.messages - self.plan.ordered();
+        for n in 0..self.plan.workers {
+            self.join(Role::Worker, format!("worker{n}"), 0)?;
+        }
+        for n in 0..self.plan.plains {
+            self.join(Role::Plain, format!("{PLAIN}{n}"), 0)?;
+        }
+        for (name, share) in [("a", mixed / 2), ("b", mixed - mixed / 2)] {
+            self.join(Role::Producer, name.into(), share)?;
+        }
+        if self.plan.ordered() > 0 {
+            self.join(Role::Order, ORDER.into(), 0)?;
+            self.join(Role::Producer, ORDER.into(), self.plan.ordered())?;
+        }
+        self.raise_faults()?;
+        self.await_producers()?;
+        self.drain()?;
+        self.dismiss()
+    }
+
+    // Processes.
+
+    fn join(&mut self, role: Role, name: String, share: u64) -> Result<(), BoxError> {
+        let args = self.args.clone().with("url", self.server.url()).with("name", &name).with("share", share);
+        let child = self.spawn(role, &name, &args, 1)?;
+        self.members.push(Member { role, name, args, child, lives: 1, stopped_until: None });
+        Ok(())
+    }
+
+    fn spawn(&self, role: Role, name: &str, args: &Args, life: u32) -> Result<Child, BoxError> {
+        let word = match role {
+            Role::Producer => "producer",
+            Role::Worker | Role::Order => "worker",
+            Role::Plain => "plain",
+        };
+        let log = self.dir.join(format!("{word}-{name}-{life}.log"));
+        let args = args.clone().with("log", log.display());
+        let spawned = Command::new(env::current_exe()?)
+            .args([word, &self.plan.name])
+            .args(args.line())
+            .stdin(Stdio::piped())
+            .spawn()?;
+        Ok(spawned)
+    }
+
+    /// Those that may be killed and stopped, and run.
+    fn targets(&self) -> Vec<usize> {
+        let is_target = |member: &Member| {
+            matches!(member.role, Role::Worker | Role::Plain) && member.stopped_until.is_none()
+        };
+        (0..self.members.len()).filter(|n| is_target(&self.members[*n])).collect()
+    }
+
+    fn await_producers(&mut self) -> Result<(), BoxError> {
+        let patience = Duration::from_secs(600) + self.plan.spread;
+        let deadline = Instant::now() + patience;
+        while let Some(at) = self.members.iter().position(|member| member.role == Role::Producer) {
+            match self.members[at].child.try_wait()? {
+                Some(status) if status.success() => drop(self.members.remove(at)),
+                Some(status) => {
+                    return Err(format!("producer {} has ended: {status}", self.members[at].name).into());
+                }
+                None if Instant::now() > deadline => return Err("the producers do not come to an end".into()),
+                None => thread::sleep(Duration::from_millis(20)),
+            }
+        }
+        Ok(())
+    }
+
+    fn dismiss(&mut self) -> Result<(), BoxError> {
+        for member in &mut self.members {
+            drop(member.child.stdin.take());
+        }
+        let deadline = Instant::now() + ENDING;
+        while let Some(mut member) = self.members.pop() {
+            loop {
+                match member.child.try_wait()? {
+                    Some(status) if status.success() => break,
+                    Some(status) => return Err(format!("{} has ended: {status}", member.name).into()),
+                    None if Instant::now() > deadline => {
+                        self.members.push(member);
+                        return Err("a worker does not end".into());
+                    }
+                    None => thread::sleep(Duration::from_millis(10)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    // Faults.
+
+    fn raise_faults(&mut self) -> Result<(), BoxError> {
+        let plan = self.plan;
+        let mut faults = Vec::new();
+        for (fault, count) in [
+            (Fault::Kill, plan.kills),
+            (Fault::KillServer, plan.server_kills),
+            (Fault::Stop, plan.stops),
+            (Fault::Terminate, plan.terminations),
+            (Fault::KillBackend, plan.backend_kills),
+        ] {
+            faults.extend((0..count).map(|_| fault));
+        }
+        for n in (1..faults.len()).rev() {
+            faults.swap(n, self.chance.place(n + 1));
+        }
+        for fault in faults {
+            let pause = self.chance.around(plan.interval);
+            self.rest(Instant::now() + pause)?;
+            match fault {
+                Fault::Kill => self.kill_one()?,
+                Fault::KillServer => self.kill_server()?,
+                Fault::Stop => self.stop_one()?,
+                Fault::Terminate => self.end_backend("terminate")?,
+                Fault::KillBackend => self.end_backend("kill")?,
+            }
+        }
+        while self.members.iter().any(|member| member.stopped_until.is_some()) {
+            self.rest(Instant::now() + Duration::from_millis(20))?;
+        }
+        Ok(())
+    }
+
+    /// Sleeps, lets those go on whose time has come, and looks whether all live.
+    fn rest(&mut self, until: Instant) -> Result<(), BoxError> {
+        loop {
+            let now = Instant::now();
+            for member in &mut self.members {
+                if member.stopped_until.is_some_and(|until| until <= now) {
+                    signal("CONT", member.child.id())?;
+                    self.journal.line(format!("fault cont {}", member.name));
+                    member.stopped_until = None;
+                }
+                if let Some(status) = member.child.try_wait()?
+                    && !(member.role == Role::Producer && status.success())
+                {
+                    return Err(format!("{} has ended: {status}", member.name).into());
+                }
+            }
+            if now >= until {
+                return Ok(());
+            }
+            thread::sleep((until - now).min(Duration::from_millis(10)));
+        }
+    }
+
+    fn kill_one(&mut self) -> Result<(), BoxError> {
+        let targets = self.targets();
+        let Some(at) = targets.get(self.chance.place(targets.len())).copied() else { return Ok(()) };
+        let member = &mut self.members[at];
+        member.child.kill()?;
+        member.child.wait()?;
+        self.journal.line(format!("fault kill {}", member.name));
+        member.lives += 1;
+        let (role, name, args, life) = (member.role, member.name.clone(), member.args.clone(), member.lives);
+        self.members[at].child = self.spawn(role, &name, &args, life)?;
+        Ok(())
+    }
+
+    fn kill_server(&mut self) -> Result<(), BoxError> {
+        self.server.kill()?;
+        self.journal.line("fault kill server");
+        thread::sleep(self.chance.up_to(Duration::from_millis(300)));
+        self.server.start_again()?;
+        self.journal.line("fault server is back");
+        Ok(())
+    }
+
+    /// Stops one for half to three lengths of its lease; never more than half of them.
+    fn stop_one(&mut self) -> Result<(), BoxError> {
+        let most = (self.plan.workers + self.plan.plains) / 2;
+        let mut targets = self.targets();
+        while self.plan.workers + self.plan.plains - targets.len() >= most.max(1) {
+            self.rest(Instant::now() + Duration::from_millis(20))?;
+            targets = self.targets();
+        }
+        let Some(at) = targets.get(self.chance.place(targets.len())).copied() else { return Ok(()) };
+        let time = self.plan.lease / 2 + self.chance.up_to(self.plan.lease * 5 / 2);
+        let member = &mut self.members[at];
+        signal("STOP", member.child.id())?;
+        member.stopped_until = Some(Instant::now() + time);
+        self.journal.line(format!("fault stop {} {time:?}", member.name));
+        Ok(())
+    }
+
+    /// Ends a backend of a client's, in order or by SIGKILL, upon which the server ends all the others too.
+    fn end_backend(&mut self, how: &str) -> Result<(), BoxError> {
+        let mut client = self.connect()?;
+        let sql = "select pid from pg_stat_activity where application_name like 'campaign %' order by backend_start, pid";
+        let pids: Vec<i32> = client.query(sql, &[])?.iter().map(|row| row.get(0)).collect();
+        let Some(pid) = pids.get(self.chance.place(pids.len())).copied() else { return Ok(()) };
+        if how == "terminate" {
+            client.execute("select pg_terminate_backend($1)", &[&pid])?;
+        } else {
+            drop(client);
+            signal("KILL", u32::try_from(pid)?)?;
+        }
+        self.journal.line(format!("fault {how} backend {pid}"));
+        Ok(())
+    }
+
+    /// A connection of the director's own, as soon as the server takes it.
+    fn connect(&self) -> Result<Client, BoxError> {
+        let mut config: Config = self.server.url().parse()?;
+        config.application_name("director");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            match config.connect(NoTls) {
+                Err(e) if Instant::now() > deadline => return Err(e.into()),
+                Err(_) => thread::sleep(Duration::from_millis(20)),
+                Ok(client) => return Ok(client),
+            }
+        }
+    }
+
+    // The end.
+
+    fn drain(&mut self) -> Result<(), BoxError> {
+        let mut client = self.connect()?;
+        let mut left = || -> Result<u64, BoxError> {
+            Ok(u64::try_from(client.query_one(store::LEFT, &[])?.get::<_, i64>(0))?)
+        };
+        let before = left()?;
+        let bound = self.plan.bound(before);
+        let deadline = Instant::now() + bound;
+        self.journal
+            .lines([format!("note {before} messages are left"), format!("calm {}", bound.as_micros())]);
+        println!("the faults have ended; {before} messages are left");
+        while left()? > 0 {
+            if Instant::now() > deadline {
+                return Ok(());
+            }
+            self.rest(Instant::now() + Duration::from_millis(50))?;
+        }
+        self.journal.line("drained");
+        Ok(())
+    }
+
+    fn check(&mut self) -> Result<Vec<Property>, BoxError> {
+        let store = store::read(&mut self.connect()?)?;
+        let history = History::read(&self.dir)?;
+        let properties = check(&history, &store);
+        println!("{} lines in the logs, {} torn ones", history.lines, history.torn);
+        print!("{}", render(&properties, &history));
+        Ok(properties)
+    }
+}
+
+impl Drop for Director<'_> {
+    fn drop(&mut self) {
+        for member in &mut self.members {
+            let _ = member.child.kill();
+            let _ = member.child.wait();
+        }
+    }
+}
+
+/// Sends a signal, by the shell's own `kill`: small images lack the program.
+fn signal(name: &str, pid: u32) -> Result<(), BoxError> {
+    let status = Command::new("/bin/sh")
+        .args(["-c", r#"kill -s "$0" -- "$1""#, name, &pid.to_string()])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .status()?;
+    // A backend may have ended by itself.
+    if !status.success() && name != "KILL" {
+        return Err(format!("SIG{name} cannot be sent to {pid}").into());
+    }
+    Ok(())
+}

@@ -1,0 +1,344 @@
+//! A process that consumes with the library, until its standard input ends or it is killed.
+
+use std::io::Read;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use pushpop_pg::uuid::Uuid;
+use pushpop_pg::{BoxError, ErrorKind, Lease, Queue, SettleError};
+
+use crate::args::Args;
+use crate::chance::{Chance, hash};
+use crate::journal::{Journal, outcome};
+use crate::plan::{EFFECTS, ORDER, Plan, SCHEMA, WORK};
+
+/// How long a settle is repeated: longer than a server takes to come back.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Opens the queue, as soon as there is a server.
+pub(crate) fn open(plan: &Plan, url: &str, name: &str) -> Result<Queue, BoxError> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let opened = Queue::builder()
+            .application_name(name)
+            .lease(plan.lease)
+            .poll_interval(plan.poll)
+            .operation_timeout(Duration::from_secs(10))
+            .connect_timeout(Duration::from_secs(2))
+            // Whoever dies of its attempts was meant to.
+            .max_attempts(None)
+            .connect(url);
+        match opened {
+            Err(e) if e.is_retryable() && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(50))
+            }
+            opened => return Ok(opened?),
+        }
+    }
+}
+
+struct Worker<'a> {
+    plan: &'a Plan,
+    args: &'a Args,
+    journal: &'a Journal,
+    queue: &'a Queue,
+    stop: &'a AtomicBool,
+    /// What becomes of a message depends on the seed, and on nothing else that differs between runs.
+    seed: u64,
+}
+
+/// What is done with a delivery.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    Complete,
+    Discard,
+    Defer,
+    Release,
+    Fail,
+    /// Completed after work that outlasts the lease, which is extended.
+    Long,
+}
+
+pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
+    let journal = Journal::open(Path::new(args.text("log")?))?;
+    let name = args.text("name")?;
+    let queue = open(plan, args.text("url")?, &format!("campaign {name}"))?;
+    let stop = AtomicBool::new(false);
+    let worker = Worker {
+        plan,
+        args,
+        journal: &journal,
+        queue: &queue,
+        stop: &stop,
+        seed: plan.seed ^ hash(name.as_bytes()),
+    };
+    thread::scope(|scope| {
+        let worker = &worker;
+        if name == ORDER {
+            scope.spawn(|| worker.in_order());
+        } else {
+            scope.spawn(|| worker.one_by_one());
+            scope.spawn(|| worker.one_by_one());
+            scope.spawn(|| worker.in_batches());
+            scope.spawn(|| worker.with_effects());
+        }
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        stop.store(true, Ordering::Relaxed);
+        queue.close();
+    });
+    Ok(())
+}
+
+impl Worker<'_> {
+    fn is_over(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    fn one_by_one(&self) {
+        for popped in self.queue.iter(WORK) {
+            match popped {
+                Ok(lease) => self.treat(lease),
+                Err(e) => self.journal.line(format!("note pop {e}")),
+            }
+        }
+    }
+
+    fn in_batches(&self) {
+        let max = usize::try_from(self.plan.batch / 2).unwrap_or(1).max(2);
+        while !self.is_over() {
+            let leases = self.popped(self.queue.pop_many(WORK, max, Duration::from_secs(1)));
+            let (batch, others): (Vec<_>, Vec<_>) =
+                leases.into_iter().partition(|lease| self.fate(lease) == Fate::Complete);
+            if !batch.is_empty() {
+                self.work(&batch);
+                self.complete_many(batch);
+            }
+            others.into_iter().for_each(|lease| self.settle(lease));
+        }
+    }
+
+    fn with_effects(&self) {
+        while !self.is_over() {
+            let leases = self.popped(self.queue.pop_many(EFFECTS, 1, Duration::from_secs(1)));
+            leases.into_iter().for_each(|lease| self.complete_with_effect(lease));
+        }
+    }
+
+    /// Alone with its topic, so what it gets is in order. Everything is completed before the next pop.
+    fn in_order(&self) {
+        let mut chance = Chance::new(self.seed);
+        while !self.is_over() {
+            let max = [1, 1, 7, 40][chance.place(4)];
+            let leases = self.popped(self.queue.pop_many(ORDER, max, Duration::from_secs(1)));
+            if leases.len() > 1 {
+                self.work(&leases);
+                self.complete_many(leases);
+            } else {
+                for lease in leases {
+                    self.work(std::slice::from_ref(&lease));
+                    self.until_settled(lease, "complete", Lease::complete);
+                }
+            }
+        }
+    }
+
+    /// Writes down what was handed out.
+    fn popped(&self, popped: Result<Vec<Lease>, pushpop_pg::Error>) -> Vec<Lease> {
+        match popped {
+            Ok(leases) => {
+                self.granted(&leases);
+                leases
+            }
+            Err(e) => {
+                if e.kind() != ErrorKind::Closed {
+                    self.journal.line(format!("note pop {e}"));
+                }
+                thread::sleep(Duration::from_millis(20));
+                Vec::new()
+            }
+        }
+    }
+
+    fn granted(&self, leases: &[Lease]) {
+        self.journal.lines(leases.iter().map(|lease| {
+            let deadline = lease.deadline().unix_timestamp_nanos() / 1000;
+            let (topic, hash) = (lease.topic(), hash(lease.payload()));
+            format!("grant {topic} {} {} {deadline} {hash:016x}", delivery(lease), lease.attempt())
+        }));
+    }
+
+    fn treat(&self, lease: Lease) {
+        self.granted(std::slice::from_ref(&lease));
+        self.settle(lease);
+    }
+
+    /// The same delivery has the same fate in every process.
+    fn fate(&self, lease: &Lease) -> Fate {
+        let name = lease.payload().split(|b| *b == b' ').next().unwrap_or_default();
+        if name.ends_with(b"!") {
+            return Fate::Fail;
+        }
+        if lease.fence() > 1 {
+            return Fate::Complete;
+        }
+        match Chance::new(self.plan.seed ^ hash(name)).below(200) {
+            0..5 => Fate::Discard,
+            5..10 => Fate::Defer,
+            10..15 => Fate::Release,
+            15..20 => Fate::Fail,
+            20..22 => Fate::Long,
+            _ => Fate::Complete,
+        }
+    }
+
+    fn settle(&self, lease: Lease) {
+        match self.fate(&lease) {
+            Fate::Complete => self.complete(lease),
+            Fate::Discard => {
+                self.work(std::slice::from_ref(&lease));
+                self.until_settled(lease, "discard", Lease::discard);
+            }
+            Fate::Defer => self.until_settled(lease, "defer", |l| l.defer(Duration::from_millis(50))),
+            Fate::Release => self.until_settled(lease, "release", Lease::release),
+            Fate::Fail => self.until_settled(lease, "fail", |l| l.fail("as it was meant to")),
+            Fate::Long => self.complete_late(lease),
+        }
+    }
+
+    fn complete(&self, lease: Lease) {
+        if self.args.is_broken("settle-before-work") {
+            // It works with what it remembers; the lease is used up.
+            let delivery = delivery(&lease);
+            self.until_settled(lease, "complete", Lease::complete);
+            thread::sleep(self.plan.work);
+            return self.journal.line(format!("work {delivery}"));
+        }
+        self.work(std::slice::from_ref(&lease));
+        if self.args.is_broken("delete-the-row") {
+            return self.delete(lease);
+        }
+        self.until_settled(lease, "complete", Lease::complete);
+    }
+
+    /// Takes its time, and writes down that the work was done.
+    fn work(&self, leases: &[Lease]) {
+        let Some(first) = leases.first() else { return };
+        thread::sleep(Chance::new(self.seed ^ hash(first.id().as_bytes())).up_to(self.plan.work));
+        let deliveries: Vec<String> = leases.iter().map(delivery).collect();
+        self.journal.line(format!("work {}", deliveries.join(" ")));
+    }
+
+    fn complete_late(&self, mut lease: Lease) {
+        let half = self.plan.lease / 2;
+        for _ in 0..2 {
+            thread::sleep(half);
+            let call = self.journal.call();
+            self.journal.line(format!("extend {call} {}", delivery(&lease)));
+            let (outcome, deadline) = match lease.extend(self.plan.lease) {
+                Ok(()) => ("ok".to_owned(), lease.deadline().unix_timestamp_nanos() / 1000),
+                Err(e) => (outcome(&e), 0),
+            };
+            self.journal.line(format!("extended {call} {outcome} {deadline}"));
+        }
+        self.work(std::slice::from_ref(&lease));
+        self.until_settled(lease, "complete", Lease::complete);
+    }
+
+    /// Settles, and repeats that until the answer is known.
+    fn until_settled(&self, mut lease: Lease, verb: &str, settle: impl Fn(Lease) -> Result<(), SettleError>) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let call = self.journal.call();
+            self.journal.line(format!("settle {call} {verb} {}", delivery(&lease)));
+            match settle(lease) {
+                Ok(()) => return self.journal.line(format!("settled {call} ok")),
+                Err(failed) => {
+                    let (again, error) = failed.into_parts();
+                    self.journal.line(format!("settled {call} {}", outcome(&error)));
+                    if !error.is_retryable() || Instant::now() > deadline {
+                        return;
+                    }
+                    lease = again;
+                    thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    }
+
+    fn complete_many(&self, mut leases: Vec<Lease>) {
+        let deadline = Instant::now() + PATIENCE;
+        while !leases.is_empty() {
+            let call = self.journal.call();
+            let deliveries: Vec<String> = leases.iter().map(delivery).collect();
+            self.journal.line(format!("settle {call} complete {}", deliveries.join(" ")));
+            match self.queue.complete_many(leases) {
+                Ok(lost) => {
+                    let lost: String = lost.iter().map(|lease| format!(" {}", lease.id())).collect();
+                    return self.journal.line(format!("settled {call} ok{lost}"));
+                }
+                Err(failed) => {
+                    let (again, error) = failed.into_parts();
+                    self.journal.line(format!("settled {call} {}", outcome(&error)));
+                    if !error.is_retryable() || Instant::now() > deadline {
+                        return;
+                    }
+                    leases = again;
+                    thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    }
+
+    /// The effect and the end of the message are one transaction.
+    fn complete_with_effect(&self, lease: Lease) {
+        let insert = format!("insert into {SCHEMA}.effects (id, fence) values ($1, $2)");
+        self.work(std::slice::from_ref(&lease));
+        let (id, fence) = (lease.id(), lease.fence());
+        if self.args.is_broken("effect-apart") {
+            if self.queue.transaction(|tx| Ok(tx.execute(&insert, &[&id, &fence])?)).is_ok() {
+                thread::sleep(self.plan.lease / 10);
+                self.until_settled(lease, "complete", Lease::complete);
+            }
+            return;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let call = self.journal.call();
+            self.journal.line(format!("settle {call} complete {}", delivery(&lease)));
+            let done = self.queue.transaction(|tx| {
+                tx.execute(&insert, &[&id, &fence])?;
+                lease.complete_in(tx)
+            });
+            match done {
+                Ok(()) => return self.journal.line(format!("settled {call} ok")),
+                Err(e) => {
+                    self.journal.line(format!("settled {call} {}", outcome(&e)));
+                    // Repeated after an unknown commit the effect would be there twice; so it is left to the
+                    // lease, which ends by itself if nothing was committed.
+                    if e.is_indeterminate() || !e.is_retryable() || Instant::now() > deadline {
+                        return;
+                    }
+                    thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    }
+
+    /// Whoever acknowledges by deleting the row has nothing to show for it.
+    fn delete(&self, lease: Lease) {
+        let (id, call): (Uuid, u64) = (lease.id(), self.journal.call());
+        self.journal.line(format!("settle {call} complete {}", delivery(&lease)));
+        let sql = "delete from pushpop.messages where topic = $1 and id = $2";
+        let outcome = match self.queue.transaction(|tx| Ok(tx.execute(sql, &[&WORK, &id])?)) {
+            Ok(_) => "ok".to_owned(),
+            Err(e) => outcome(&e),
+        };
+        self.journal.line(format!("settled {call} {outcome}"));
+    }
+}
+
+fn delivery(lease: &Lease) -> String {
+    format!("{}:{}", lease.id(), lease.fence())
+}
