@@ -66,7 +66,7 @@ pub(crate) const ALL: [Broken; 20] = [
         patches: &[(
             "push",
             "values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);",
-            "select push.topic, due, stamped, 1, 1, pushed, array[pushed] where random() < 0.98;",
+            "select push.topic, due, stamped, 1, 1, pushed, array[pushed] where random() < 0.5;",
         )],
     },
     Broken {

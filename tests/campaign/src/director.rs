@@ -4,7 +4,6 @@ use std::env;
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,6 +22,14 @@ use crate::store;
 
 /// How long a process may take to end when it is told to.
 const ENDING: Duration = Duration::from_secs(60);
+
+/// What is little, and how long it may take until there is less than before.
+const LITTLE: i64 = 500;
+const PROGRESS: Duration = Duration::from_secs(15);
+
+/// How many faults are kept for the end, and the time from one of them to the next.
+const LAST: usize = 10;
+const LAST_INTERVAL: Duration = Duration::from_millis(30);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
@@ -67,13 +74,21 @@ struct Director<'a> {
 pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
     let begun = Instant::now();
     let dir = scratch()?;
-    let mut director = Director::start(plan, args, dir.clone())?;
+    let mut director = match Director::start(plan, args, dir.clone()) {
+        Ok(director) => director,
+        Err(e) => {
+            fs::remove_dir_all(&dir)?;
+            return Err(e);
+        }
+    };
     let ran = director.play();
     let faulted = begun.elapsed();
     let checked = match ran {
         Ok(()) => director.check(),
         Err(e) => {
-            println!("{}", director.server.log().lines().rev().take(20).collect::<Vec<_>>().join("\n"));
+            let log = director.server.log();
+            let lines: Vec<&str> = log.lines().collect();
+            println!("{}", lines[lines.len().saturating_sub(20)..].join("\n"));
             Err(e)
         }
     };
@@ -95,9 +110,7 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
 
 /// A directory of this run's own.
 fn scratch() -> Result<PathBuf, BoxError> {
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-    let name = format!("pushpop-campaign-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let dir = env::temp_dir().join(name);
+    let dir = env::temp_dir().join(format!("pushpop-campaign-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
     Ok(dir)
 }
@@ -152,8 +165,16 @@ impl<'a> Director<'a> {
             self.join(Role::Order, ORDER.into(), 0)?;
             self.join(Role::Producer, ORDER.into(), self.plan.ordered())?;
         }
-        self.raise_faults()?;
+        let (faults, last) = self.draw_faults();
+        self.raise(faults, self.plan.interval)?;
+        self.catch_up()?;
+        // The last of the messages and of the faults come together, so that there is something left to do.
+        for member in self.members.iter_mut().filter(|member| member.role == Role::Producer) {
+            drop(member.child.stdin.take());
+        }
+        self.raise(last, LAST_INTERVAL)?;
         self.await_producers()?;
+        self.let_go_on()?;
         self.drain()?;
         self.dismiss()
     }
@@ -201,7 +222,7 @@ impl<'a> Director<'a> {
                     return Err(format!("producer {} has ended: {status}", self.members[at].name).into());
                 }
                 None if Instant::now() > deadline => return Err("the producers do not come to an end".into()),
-                None => thread::sleep(Duration::from_millis(20)),
+                None => self.rest(Instant::now() + Duration::from_millis(20))?,
             }
         }
         Ok(())
@@ -230,7 +251,8 @@ impl<'a> Director<'a> {
 
     // Faults.
 
-    fn raise_faults(&mut self) -> Result<(), BoxError> {
+    /// All faults in a random order, and a few that are kept for the end.
+    fn draw_faults(&mut self) -> (Vec<Fault>, Vec<Fault>) {
         let plan = self.plan;
         let mut faults = Vec::new();
         for (fault, count) in [
@@ -245,8 +267,13 @@ impl<'a> Director<'a> {
         for n in (1..faults.len()).rev() {
             faults.swap(n, self.chance.place(n + 1));
         }
+        let last = faults.split_off(faults.len() - (faults.len() / 10).min(LAST));
+        (faults, last)
+    }
+
+    fn raise(&mut self, faults: Vec<Fault>, interval: Duration) -> Result<(), BoxError> {
         for fault in faults {
-            let pause = self.chance.around(plan.interval);
+            let pause = self.chance.around(interval);
             self.rest(Instant::now() + pause)?;
             match fault {
                 Fault::Kill => self.kill_one()?,
@@ -256,6 +283,29 @@ impl<'a> Director<'a> {
                 Fault::KillBackend => self.end_backend("kill")?,
             }
         }
+        Ok(())
+    }
+
+    /// On a slow machine the faults may be over before the work is: waits until there is little left to do, so that
+    /// what is measured at the end is not the speed of the machine.
+    fn catch_up(&mut self) -> Result<(), BoxError> {
+        let mut client = self.connect()?;
+        let (mut least, mut since) = (i64::MAX, Instant::now());
+        loop {
+            let asked = Instant::now();
+            let left: i64 = client.query_one(store::LEFT, &[])?.get(0);
+            if left < least {
+                (least, since) = (left, asked);
+            }
+            if left <= LITTLE || since.elapsed() > PROGRESS {
+                return Ok(());
+            }
+            self.rest(Instant::now() + Duration::from_millis(200).max(asked.elapsed()))?;
+        }
+    }
+
+    /// Waits until those that are stopped go on.
+    fn let_go_on(&mut self) -> Result<(), BoxError> {
         while self.members.iter().any(|member| member.stopped_until.is_some()) {
             self.rest(Instant::now() + Duration::from_millis(20))?;
         }
@@ -367,11 +417,16 @@ impl<'a> Director<'a> {
         self.journal
             .lines([format!("note {before} messages are left"), format!("calm {}", bound.as_micros())]);
         println!("the faults have ended; {before} messages are left");
-        while left()? > 0 {
+        loop {
+            let asked = Instant::now();
+            if left()? == 0 {
+                break;
+            }
             if Instant::now() > deadline {
                 return Ok(());
             }
-            self.rest(Instant::now() + Duration::from_millis(50))?;
+            // With many messages the question is dear itself.
+            self.rest(Instant::now() + Duration::from_millis(50).max(asked.elapsed()))?;
         }
         self.journal.line("drained");
         Ok(())

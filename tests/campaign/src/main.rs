@@ -28,12 +28,13 @@ use crate::args::Args;
 use crate::plan::Plan;
 
 /// Options of a campaign, and those with which it starts its children.
-const OPTIONS: [&str; 26] = [
+const OPTIONS: [&str; 27] = [
     "backend-kills",
     "batch",
     "broken",
     "effects-share",
     "forget",
+    "in-transaction",
     "interval",
     "kills",
     "lease",

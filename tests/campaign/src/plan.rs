@@ -49,6 +49,8 @@ pub(crate) struct Plan {
     pub(crate) poll: Duration,
     /// The longest that the work on a message usually takes.
     pub(crate) work: Duration,
+    /// Of a hundred pushes, how many are made in a transaction, which notifies whether anybody waits or not.
+    pub(crate) in_transaction: u64,
     /// Of a thousand answers to a push, how many are taken for lost.
     pub(crate) lost_answers: u64,
     /// The most messages in one call.
@@ -116,6 +118,7 @@ impl Plan {
             lease: args.millis("lease", Duration::from_secs(if pauses { 1 } else { 2 }))?,
             poll: args.millis("poll", poll)?,
             work: args.millis("work", Duration::from_millis(if pauses { 150 } else { 3 }))?,
+            in_transaction: number("in-transaction", 5)?.min(40),
             lost_answers: number("lost-answers", 5)?,
             batch: number("batch", batch)?,
             shares: [

@@ -1,5 +1,6 @@
 //! A process that pushes: every message until it is answered.
 
+use std::io::Read;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -46,7 +47,13 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
     let mut producer = Producer { name, plan, args, journal, queue, chance, made: 0 };
     let pace = plan.spread / u32::try_from(share.max(1))?;
     let begun = Instant::now();
+    let mut kept = (share / 20).min(100);
     while producer.made < share {
+        if kept > 0 && producer.made >= share - kept {
+            // The last are kept until standard input ends: then come the last faults, too.
+            std::io::stdin().read_to_end(&mut Vec::new())?;
+            kept = 0;
+        }
         let due = begun + pace * u32::try_from(producer.made)?;
         thread::sleep(due.saturating_duration_since(Instant::now()));
         producer.push_some(share)?;
@@ -66,14 +73,14 @@ impl Producer<'_> {
                     queue.push(topic, made.first().ok_or("nothing")?.message.clone()).map_err(Into::into)
                 })
             }
-            50..55 if !ordered => {
+            n if n < 50 + self.plan.in_transaction && !ordered => {
                 let one = self.make(topic, share);
                 self.until_answered(topic, vec![one], |queue, made| {
                     let one = made.first().ok_or("nothing")?;
                     queue.transaction(|tx| queue.push_in(tx, topic, one.message.clone())).map_err(Into::into)
                 })
             }
-            55..60 if !ordered => {
+            90..95 if !ordered => {
                 let mut one = self.make(topic, share);
                 one.message = one.message.delay(self.chance.up_to(Duration::from_millis(300)));
                 self.until_answered(topic, vec![one], |queue, made| {

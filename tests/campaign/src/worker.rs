@@ -83,6 +83,10 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
             scope.spawn(|| worker.one_by_one());
             scope.spawn(|| worker.in_batches());
             scope.spawn(|| worker.with_effects());
+            if plan.shares[0] > 50 {
+                scope.spawn(|| worker.with_effects());
+                scope.spawn(|| worker.with_effects());
+            }
         }
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         stop.store(true, Ordering::Relaxed);
@@ -120,9 +124,13 @@ impl Worker<'_> {
     }
 
     fn with_effects(&self) {
+        let mut chance = Chance::new(self.seed);
         while !self.is_over() {
-            let leases = self.popped(self.queue.pop_many(EFFECTS, 1, Duration::from_secs(1)));
-            leases.into_iter().for_each(|lease| self.complete_with_effect(lease));
+            let max = [1, 1, 4, 12][chance.place(4)];
+            let leases = self.popped(self.queue.pop_many(EFFECTS, max, Duration::from_secs(1)));
+            if !leases.is_empty() {
+                self.complete_with_effects(leases);
+            }
         }
     }
 
@@ -291,28 +299,39 @@ impl Worker<'_> {
         }
     }
 
-    /// The effect and the end of the message are one transaction.
-    fn complete_with_effect(&self, lease: Lease) {
+    /// The effects and the ends of their messages are one transaction.
+    fn complete_with_effects(&self, mut leases: Vec<Lease>) {
         let insert = format!("insert into {SCHEMA}.effects (id, fence) values ($1, $2)");
-        self.work(std::slice::from_ref(&lease));
-        let (id, fence) = (lease.id(), lease.fence());
+        self.work(&leases);
         if self.args.is_broken("effect-apart") {
-            if self.queue.transaction(|tx| Ok(tx.execute(&insert, &[&id, &fence])?)).is_ok() {
-                thread::sleep(self.plan.lease / 10);
-                self.until_settled(lease, "complete", Lease::complete);
+            for lease in leases {
+                let (id, fence) = (lease.id(), lease.fence());
+                if self.queue.transaction(|tx| Ok(tx.execute(&insert, &[&id, &fence])?)).is_ok() {
+                    thread::sleep(self.plan.lease / 10);
+                    self.until_settled(lease, "complete", Lease::complete);
+                }
             }
             return;
         }
         let deadline = Instant::now() + PATIENCE;
-        loop {
+        while !leases.is_empty() {
             let call = self.journal.call();
-            self.journal.line(format!("settle {call} complete {}", delivery(&lease)));
+            let deliveries: Vec<String> = leases.iter().map(delivery).collect();
+            self.journal.line(format!("settle {call} complete {}", deliveries.join(" ")));
             let done = self.queue.transaction(|tx| {
-                tx.execute(&insert, &[&id, &fence])?;
-                lease.complete_in(tx)
+                for lease in &leases {
+                    tx.execute(&insert, &[&lease.id(), &lease.fence()])?;
+                    lease.complete_in(tx)?;
+                }
+                Ok(())
             });
             match done {
                 Ok(()) => return self.journal.line(format!("settled {call} ok")),
+                // One of them was lost, and nothing is committed: the others are tried each by itself.
+                Err(e) if e.kind() == ErrorKind::LeaseLost && leases.len() > 1 => {
+                    self.journal.line(format!("settled {call} failed:Sibling"));
+                    return leases.into_iter().for_each(|lease| self.complete_with_effects(vec![lease]));
+                }
                 Err(e) => {
                     self.journal.line(format!("settled {call} {}", outcome(&e)));
                     // Repeated after an unknown commit the effect would be there twice; so it is left to the
@@ -320,6 +339,7 @@ impl Worker<'_> {
                     if e.is_indeterminate() || !e.is_retryable() || Instant::now() > deadline {
                         return;
                     }
+                    leases.retain(|lease| !lease.remaining().is_zero());
                     thread::sleep(Duration::from_millis(20));
                 }
             }
