@@ -23,7 +23,7 @@ use crate::store;
 /// How long a process may take to end when it is told to.
 const ENDING: Duration = Duration::from_secs(60);
 
-/// What is little, and how long it may take until there is less than before.
+/// What is little, and how long it may take until more is done than before.
 const LITTLE: i64 = 500;
 const PROGRESS: Duration = Duration::from_secs(15);
 
@@ -290,12 +290,13 @@ impl<'a> Director<'a> {
     /// what is measured at the end is not the speed of the machine.
     fn catch_up(&mut self) -> Result<(), BoxError> {
         let mut client = self.connect()?;
-        let (mut least, mut since) = (i64::MAX, Instant::now());
+        let (mut most, mut since) = (0, Instant::now());
         loop {
             let asked = Instant::now();
-            let left: i64 = client.query_one(store::LEFT, &[])?.get(0);
-            if left < least {
-                (least, since) = (left, asked);
+            let row = client.query_one(store::LEFT, &[])?;
+            let (left, done): (i64, i64) = (row.get(0), row.get(1));
+            if done > most {
+                (most, since) = (done, asked);
             }
             if left <= LITTLE || since.elapsed() > PROGRESS {
                 return Ok(());

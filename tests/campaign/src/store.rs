@@ -31,9 +31,11 @@ pub(crate) const SETUP: &str = "
     create trigger note_grants after insert on pushpop.leases referencing new table as new_leases
     for each statement execute function campaign.note_grants();";
 
-/// Whether a message is neither settled nor dead.
-pub(crate) const LEFT: &str =
-    "select count(*) from pushpop.messages m where m.state in ('p', 'd', 'r', 'f', 'e')";
+/// How many messages are neither settled nor dead, and how many are.
+pub(crate) const LEFT: &str = "
+    select count(*) filter (where m.state in ('p', 'd', 'r', 'f', 'e')),
+           count(*) filter (where m.state not in ('p', 'd', 'r', 'f', 'e'))
+    from pushpop.messages m";
 
 #[derive(Debug, Default)]
 pub(crate) struct Store {

@@ -113,8 +113,9 @@ impl Worker<'_> {
         let max = usize::try_from(self.plan.batch / 2).unwrap_or(1).max(2);
         while !self.is_over() {
             let leases = self.popped(self.queue.pop_many(WORK, max, Duration::from_secs(1)));
-            let (batch, others): (Vec<_>, Vec<_>) =
-                leases.into_iter().partition(|lease| self.fate(lease) == Fate::Complete);
+            // Work that outlasts the lease of one would cost all the others theirs.
+            let completes = |lease: &Lease| matches!(self.fate(lease), Fate::Complete | Fate::Long);
+            let (batch, others): (Vec<_>, Vec<_>) = leases.into_iter().partition(completes);
             if !batch.is_empty() {
                 self.work(&batch);
                 self.complete_many(batch);

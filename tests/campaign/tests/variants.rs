@@ -27,12 +27,10 @@ const SERVER: &str = "smoke --messages 400 --kills 0 --server-kills 2 --workers 
 const QUIET: &str = "quiet --messages 800 --workers 3 --lease 1000";
 /// One consumer, in SQL, that is woken or sleeps on; the server is killed early.
 const WAKES: &str = "quiet --messages 60 --workers 0 --order-share 0 --plain-share 100 --effects-share 0 --wakes-only 1 \
-     --in-transaction 0 \
-     --server-kills 1 --interval 800 --spread 6000 --batch 2 --lease 1000";
+     --in-transaction 0 --server-kills 1 --interval 800 --spread 6000 --batch 2 --lease 1000";
 /// The same without a fault, by which it would look again.
 const CALM_WAKES: &str = "quiet --messages 60 --workers 0 --order-share 0 --plain-share 100 --effects-share 0 --wakes-only 1 \
-     --in-transaction 0 \
-     --spread 3000 --batch 2 --lease 1000";
+     --in-transaction 0 --spread 3000 --batch 2 --lease 1000";
 /// The same with the library, which has only its notifications to wake it.
 const WAKES_LIBRARY: &str = "quiet --messages 100 --workers 1 --plains 0 --plain-share 0 --order-share 0 --effects-share 0 \
      --wakes-only 1 --in-transaction 0 --terminations 8 --interval 250 --batch 2 --lease 1000";
