@@ -165,7 +165,7 @@ fn redriving_wakes() {
 fn redriving_all_ends_while_messages_die_again() {
     let world = World::new();
     let queue = world.queue();
-    let n = 8000;
+    let n = 3000;
     kill_at_once(&world, "t", n);
     let done = AtomicBool::new(false);
     let killed = AtomicU64::new(0);
