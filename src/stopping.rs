@@ -118,8 +118,12 @@ impl Stopping {
 
     /// Stops the worker for an error that waiting does not mend.
     pub(crate) fn fail(&self, error: Error) {
-        tracing::error!("the worker stops: {error}");
-        lock(&self.state).failed.get_or_insert(error);
+        let mut state = lock(&self.state);
+        if state.failed.is_none() {
+            tracing::error!("the worker stops: {error}");
+            state.failed = Some(error);
+        }
+        drop(state);
         self.stop(Cause::Stopped);
     }
 

@@ -939,11 +939,15 @@ begin
       from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
       where places is null or u.place = any(places)
     ),
+    -- The places within a run follow one another: what is left of it when it is cut is known by that.
+    placed as (
+      select s.*, s.place - row_number() over (partition by s.ready_at order by s.place) as island from stored s
+    ),
     run as (
       insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
       select push_many.topic, s.ready_at, stamped, min(s.place), count(*),
              (array_agg(s.id order by s.place))[1], array_agg(s.id order by s.place)
-      from stored s group by s.ready_at, (s.place - 1) / 25
+      from placed s group by s.ready_at, s.island, (s.place - 1) / 25
     )
     insert into "pushpop".behind (topic, ready_at, id)
     select push_many.topic, s.ready_at, s.id from stored s where s.ready_at < stamped
@@ -1609,6 +1613,7 @@ declare
   message record;
   before  record;
   run     record;
+  slot    integer;
 begin
   loop
     before := message;
@@ -1617,7 +1622,7 @@ begin
     if not found then
       return;
     end if;
-    select q.ctid as tid, q.n, q.ids into run from "pushpop".runs q
+    select q.ctid as tid, q.n, q.fence, q.ids into run from "pushpop".runs q
     where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
       and q.place <= message.place and take_waiting.id = any (q.ids)
     order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
@@ -1636,9 +1641,15 @@ begin
     set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
     where q.topic = take_waiting.topic and q.ctid = run.tid;
   else
-    update "pushpop".runs q
-    set n = q.n - 1, ids = array_remove(q.ids, take_waiting.id)
+    -- In two, as the places within a run follow one another.
+    slot := array_position(run.ids, take_waiting.id);
+    update "pushpop".runs q set n = slot - 1, ids = q.ids[: slot - 1]
     where q.topic = take_waiting.topic and q.ctid = run.tid;
+    if slot < run.n then
+      insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+      values (take_waiting.topic, message.ready_at, message.pushed_at, message.place + 1, run.n - slot, run.fence,
+              run.ids[slot + 1], run.ids[slot + 1 :]);
+    end if;
   end if;
   pushed_at := message.pushed_at;
   place := message.place;

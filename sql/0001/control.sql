@@ -208,6 +208,7 @@ declare
   message record;
   before  record;
   run     record;
+  slot    integer;
 begin
   loop
     before := message;
@@ -216,7 +217,7 @@ begin
     if not found then
       return;
     end if;
-    select q.ctid as tid, q.n, q.ids into run from pushpop.runs q
+    select q.ctid as tid, q.n, q.fence, q.ids into run from pushpop.runs q
     where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
       and q.place <= message.place and take_waiting.id = any (q.ids)
     order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
@@ -236,9 +237,15 @@ begin
     set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
     where q.topic = take_waiting.topic and q.ctid = run.tid;
   else
-    update pushpop.runs q
-    set n = q.n - 1, ids = array_remove(q.ids, take_waiting.id)
+    -- In two, as the places within a run follow one another.
+    slot := array_position(run.ids, take_waiting.id);
+    update pushpop.runs q set n = slot - 1, ids = q.ids[: slot - 1]
     where q.topic = take_waiting.topic and q.ctid = run.tid;
+    if slot < run.n then
+      insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+      values (take_waiting.topic, message.ready_at, message.pushed_at, message.place + 1, run.n - slot, run.fence,
+              run.ids[slot + 1], run.ids[slot + 1 :]);
+    end if;
   end if;
   pushed_at := message.pushed_at;
   place := message.place;

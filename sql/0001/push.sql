@@ -288,11 +288,15 @@ begin
       from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
       where places is null or u.place = any(places)
     ),
+    -- The places within a run follow one another: what is left of it when it is cut is known by that.
+    placed as (
+      select s.*, s.place - row_number() over (partition by s.ready_at order by s.place) as island from stored s
+    ),
     run as (
       insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
       select push_many.topic, s.ready_at, stamped, min(s.place), count(*),
              (array_agg(s.id order by s.place))[1], array_agg(s.id order by s.place)
-      from stored s group by s.ready_at, (s.place - 1) / 25
+      from placed s group by s.ready_at, s.island, (s.place - 1) / 25
     )
     insert into pushpop.behind (topic, ready_at, id)
     select push_many.topic, s.ready_at, s.id from stored s where s.ready_at < stamped

@@ -39,7 +39,7 @@ alter table pushpop.messages alter column payload set storage external;
 create table pushpop.runs (
   ready_at  timestamptz not null,
   pushed_at timestamptz not null,
-  place     integer not null,   -- of the first message
+  place     integer not null,   -- of the first message; those of the others follow it
   n         integer not null,
   fence     integer not null default 0,  -- deliveries of each of them that are over, as in its message
   id        uuid not null,      -- of the first message

@@ -607,3 +607,20 @@ fn bad_input_is_refused() {
     }
     assert!(queue.topics().unwrap().is_empty(), "nothing was written");
 }
+
+/// The same with a batch out of which one was taken.
+#[test]
+fn what_is_returned_from_a_batch_with_a_gap_goes_to_its_old_place() {
+    let world = World::new();
+    let queue = world.queue();
+    let ids = queue.push_many("t", ["a", "b", "c", "d", "e"]).unwrap();
+    assert!(queue.topic("t").cancel(ids[1]).unwrap());
+    assert_eq!(pop(&queue, "t").payload(), b"a");
+    let released = pop(&queue, "t");
+    assert_eq!(released.payload(), b"c");
+    released.release().unwrap();
+    std::thread::sleep(Duration::from_millis(1200));
+    assert_eq!(pop(&queue, "t").payload(), b"c");
+    assert_eq!(pop(&queue, "t").payload(), b"d");
+    assert_eq!(pop(&queue, "t").payload(), b"e");
+}

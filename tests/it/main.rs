@@ -13,6 +13,7 @@ mod heartbeat;
 mod json;
 mod limits;
 mod look;
+mod machine;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod names;
