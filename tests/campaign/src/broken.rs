@@ -120,7 +120,7 @@ pub(crate) const ALL: [Broken; 20] = [
     Broken {
         name: "forgets-the-first",
         patches: &[
-            ("settle_done", "m.ctid = any (target)", "m.ctid = any (target[2:])"),
+            ("finish", "m.ctid = any (target)", "m.ctid = any (target[2:])"),
             ("settle_done", "done < cardinality(target)", "false"),
             ("settle_many", "if coalesce(cardinality(settled), 0) < wanted then", "if false then"),
         ],
