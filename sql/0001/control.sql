@@ -211,7 +211,6 @@ declare
   slot    integer;
 begin
   loop
-    before := message;
     select m.ready_at, m.pushed_at, m.place, m.fence into message from pushpop.messages m
     where m.topic = take_waiting.topic and m.id = take_waiting.id and m.state in ('p', 'd', 'r', 'f', 'e');
     if not found then
@@ -223,10 +222,16 @@ begin
     order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
     limit 1 for update;
     exit when found;
+    -- While this waited for the run another operator may have taken it in two.
+    continue when exists (
+      select from pushpop.runs q
+      where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
+        and q.place <= message.place and take_waiting.id = any (q.ids));
     -- It is leased, or was moved meanwhile. A lease may have ended.
     if message is not distinct from before then
       return;
     end if;
+    before := message;
     perform pushpop.reclaim(take_waiting.topic, clock_timestamp(), 1000);
   end loop;
 
