@@ -387,13 +387,15 @@ CREATE FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], lea
     AS $$
 #variable_conflict use_column
 declare
-  moment   timestamptz := clock_timestamp();
+  moment   timestamptz;
   beat     record;
   delivery integer;
 begin
   perform "pushpop".check_arrays(cardinality(ids), array[coalesce(cardinality(topics), 0), coalesce(cardinality(tokens), 0),
                                                        coalesce(cardinality(leases), 0)]);
   perform "pushpop".check_topic(u.topic), "pushpop".lease_interval(u.lease) from unnest(topics, leases) u(topic, lease);
+  lock table "pushpop".messages in row exclusive mode;
+  moment := clock_timestamp();
   for beat in
     select u.topic, u.id, u.token, u.place::integer, u.lease * interval '1 second' as lease
     from unnest(topics, ids, tokens, leases) with ordinality u(topic, id, token, lease, place) order by u.topic, u.id
@@ -615,7 +617,7 @@ CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double prec
     AS $$
 #variable_conflict use_column
 declare
-  moment timestamptz := clock_timestamp();
+  moment timestamptz;
   until  timestamptz;
   known  record;
   start  timestamptz;
@@ -630,6 +632,9 @@ begin
   if max is null or max not between 1 and 1000 then
     perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
+  -- As in a push: a lease may end before this transaction does, and no mark may pass it meanwhile.
+  lock table "pushpop".messages in row exclusive mode;
+  moment := clock_timestamp();
   select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
   if known.paused then
     return;
@@ -642,7 +647,6 @@ begin
       select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
     end if;
   end if;
-  until := moment + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   start := coalesce(known.low, '-infinity');
   taken := "pushpop".take_runs(pop.topic, start, moment, max);
   -- Nothing there: look at everything, first at what lies behind the mark.
@@ -661,6 +665,7 @@ begin
     end if;
   end if;
   n := cardinality(taken.ids);
+  until := clock_timestamp() + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   if n = 1 then
     token := uuid_send(gen_random_uuid());
     insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
@@ -979,6 +984,7 @@ declare
   stuck boolean;
   count bigint := 0;
 begin
+  lock table "pushpop".messages in row exclusive mode;
   select t.reclaimed_to into known from "pushpop".topics t where t.topic = reclaim.topic;
   for lease in
     select l.ctid as tid, l.key, l.ids, l.fences from "pushpop".leases l
@@ -1334,7 +1340,7 @@ CREATE FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outc
     AS $$
 #variable_conflict use_column
 declare
-  moment  timestamptz := clock_timestamp();
+  moment  timestamptz;
   wanted  integer := cardinality(ids);
   settled integer[];  -- places
   ended   bytea[];    -- tokens of deliveries that ended, but for those that settle_done saw to
@@ -1347,6 +1353,9 @@ begin
     perform "pushpop".check_topic(settle_many.topic);
     perform "pushpop".check_settle(ids, tokens, outcomes, delays, errors, keep);
   end if;
+  -- As in a pop: a lease that is extended may end before this transaction does.
+  lock table "pushpop".messages in row exclusive mode;
+  moment := clock_timestamp();
   if wanted = 1 and outcomes <@ '{complete,discard}' then
     if "pushpop".settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
       settled := '{1}';
@@ -1616,7 +1625,6 @@ declare
   slot    integer;
 begin
   loop
-    before := message;
     select m.ready_at, m.pushed_at, m.place, m.fence into message from "pushpop".messages m
     where m.topic = take_waiting.topic and m.id = take_waiting.id and m.state in ('p', 'd', 'r', 'f', 'e');
     if not found then
@@ -1628,10 +1636,16 @@ begin
     order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
     limit 1 for update;
     exit when found;
+    -- While this waited for the run another operator may have taken it in two.
+    continue when exists (
+      select from "pushpop".runs q
+      where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
+        and q.place <= message.place and take_waiting.id = any (q.ids));
     -- It is leased, or was moved meanwhile. A lease may have ended.
     if message is not distinct from before then
       return;
     end if;
+    before := message;
     perform "pushpop".reclaim(take_waiting.topic, clock_timestamp(), 1000);
   end loop;
   if run.n = 1 then
@@ -1786,7 +1800,7 @@ begin
       cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
-      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
+      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', known.sure_to, (
         select l.lease_until from "pushpop".leases l
         where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
         order by l.lease_until limit 1)))

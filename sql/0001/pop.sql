@@ -42,7 +42,7 @@ set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  moment timestamptz := clock_timestamp();
+  moment timestamptz;
   until  timestamptz;
   known  record;
   start  timestamptz;
@@ -58,6 +58,9 @@ begin
     perform pushpop.refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
 
+  -- As in a push: a lease may end before this transaction does, and no mark may pass it meanwhile.
+  lock table pushpop.messages in row exclusive mode;
+  moment := clock_timestamp();
   select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
   if known.paused then
     return;
@@ -70,7 +73,6 @@ begin
       select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
     end if;
   end if;
-  until := moment + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   start := coalesce(known.low, '-infinity');
   taken := pushpop.take_runs(pop.topic, start, moment, max);
 
@@ -91,6 +93,7 @@ begin
   end if;
 
   n := cardinality(taken.ids);
+  until := clock_timestamp() + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
   if n = 1 then
     token := uuid_send(gen_random_uuid());
     insert into pushpop.leases (topic, key, lease_until, open, ids, fences)

@@ -44,7 +44,7 @@ set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  moment  timestamptz := clock_timestamp();
+  moment  timestamptz;
   wanted  integer := cardinality(ids);
   settled integer[];  -- places
   ended   bytea[];    -- tokens of deliveries that ended, but for those that settle_done saw to
@@ -57,6 +57,9 @@ begin
     perform pushpop.check_topic(settle_many.topic);
     perform pushpop.check_settle(ids, tokens, outcomes, delays, errors, keep);
   end if;
+  -- As in a pop: a lease that is extended may end before this transaction does.
+  lock table pushpop.messages in row exclusive mode;
+  moment := clock_timestamp();
 
   if wanted = 1 and outcomes <@ '{complete,discard}' then
     if pushpop.settle_single(settle_many.topic, ids[1], tokens[1], outcomes[1], moment, keep, tidy) then
@@ -411,13 +414,15 @@ set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  moment   timestamptz := clock_timestamp();
+  moment   timestamptz;
   beat     record;
   delivery integer;
 begin
   perform pushpop.check_arrays(cardinality(ids), array[coalesce(cardinality(topics), 0), coalesce(cardinality(tokens), 0),
                                                        coalesce(cardinality(leases), 0)]);
   perform pushpop.check_topic(u.topic), pushpop.lease_interval(u.lease) from unnest(topics, leases) u(topic, lease);
+  lock table pushpop.messages in row exclusive mode;
+  moment := clock_timestamp();
   for beat in
     select u.topic, u.id, u.token, u.place::integer, u.lease * interval '1 second' as lease
     from unnest(topics, ids, tokens, leases) with ordinality u(topic, id, token, lease, place) order by u.topic, u.id

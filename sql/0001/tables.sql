@@ -101,7 +101,7 @@ create table pushpop.topics (
   looked_at    timestamptz not null default '-infinity', -- when low was moved last
   swept_at     timestamptz not null default '-infinity', -- last look at everything, low ignored
 
-  -- Every push stamped before sure_to has committed or never will. The next such time is
+  -- Every push, and every lease, stamped before sure_to has committed or never will. The next such time is
   -- checking_at, as soon as none of the transactions in checking_for is running any more.
   sure_to      timestamptz not null default '-infinity',
   checking_at  timestamptz not null default '-infinity',

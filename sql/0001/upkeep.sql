@@ -14,6 +14,7 @@ declare
   stuck boolean;
   count bigint := 0;
 begin
+  lock table pushpop.messages in row exclusive mode;
   select t.reclaimed_to into known from pushpop.topics t where t.topic = reclaim.topic;
   for lease in
     select l.ctid as tid, l.key, l.ids, l.fences from pushpop.leases l
@@ -135,7 +136,7 @@ begin
       cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
-      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', (
+      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', known.sure_to, (
         select l.lease_until from pushpop.leases l
         where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
         order by l.lease_until limit 1)))

@@ -619,7 +619,7 @@ fn what_is_returned_from_a_batch_with_a_gap_goes_to_its_old_place() {
     let released = pop(&queue, "t");
     assert_eq!(released.payload(), b"c");
     released.release().unwrap();
-    std::thread::sleep(Duration::from_millis(1200));
+    thread::sleep(Duration::from_millis(1200));
     assert_eq!(pop(&queue, "t").payload(), b"c");
     assert_eq!(pop(&queue, "t").payload(), b"d");
     assert_eq!(pop(&queue, "t").payload(), b"e");

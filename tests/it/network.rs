@@ -123,8 +123,10 @@ fn an_error_says_whether_the_call_may_have_taken_effect() {
     let proxy = Proxy::before(server);
     let world = World::on(&server.url());
     let queue = open(&world, &proxy);
+    // Each with a connection that is open: one that has to be made first would not get as far as the call.
+    let holder = open(&world, &proxy);
     queue.push("t", "first").unwrap();
-    let lease = pop(&queue, "t");
+    let lease = pop(&holder, "t");
 
     proxy.set(Network::OneWay);
     let sent = NewMessage::new("sent");

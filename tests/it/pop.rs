@@ -318,6 +318,32 @@ fn what_is_returned_from_a_batch_of_several_times_goes_to_its_old_place() {
     assert_eq!(released.payload(), b"d");
     released.release().unwrap();
     // What becomes free behind the front may be overtaken for a second.
-    std::thread::sleep(Duration::from_millis(1200));
+    thread::sleep(Duration::from_millis(1200));
     assert_eq!(pop(&queue, "t").payload(), b"d");
+}
+
+/// Its lease had ended when the transaction of the pop committed, and the mark of what was reclaimed had passed it: for
+/// up to a minute nobody looked there.
+#[test]
+fn what_is_popped_in_a_transaction_that_outlasts_its_lease_comes_back_soon() {
+    let world = World::new();
+    drop(world.queue());
+    let (mut client, mut holder) = (world.client(), world.client());
+    let popped = world.sql("select from pushpop.pop('t', 2, 1)");
+    let upkeep = world.sql("select pushpop.upkeep('t')");
+    assert!(client.query(&popped, &[]).unwrap().is_empty());
+    client.batch_execute(&world.sql("select pushpop.push('t', 'm'); select pushpop.upkeep('t')")).unwrap();
+    let mut tx = holder.transaction().unwrap();
+    assert_eq!(tx.query(&popped, &[]).unwrap().len(), 1);
+    let until = Instant::now() + SECOND * 3;
+    while Instant::now() < until {
+        client.batch_execute(&upkeep).unwrap();
+        thread::sleep(SECOND / 5);
+    }
+    tx.commit().unwrap();
+    let committed = Instant::now();
+    while client.query(&popped, &[]).unwrap().is_empty() {
+        assert!(committed.elapsed() < SECOND * 20, "nobody gets it");
+        thread::sleep(SECOND / 5);
+    }
 }
