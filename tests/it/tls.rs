@@ -58,6 +58,7 @@ impl Encrypted {
         let dir = server.data_dir().join("tls");
         fs::create_dir(&dir).unwrap();
         let it = Encrypted { server, dir };
+        it.hand_over("");
         fs::write(it.dir.join("openssl.cnf"), OPENSSL).unwrap();
         fs::write(it.dir.join("index.txt"), "").unwrap();
         fs::write(it.dir.join("garbage.crt"), "no certificate").unwrap();
@@ -110,8 +111,13 @@ impl Encrypted {
         args.extend(more);
         self.openssl(&args);
         // The server reads only what nobody else can.
+        self.hand_over(&key);
+    }
+
+    /// Gives a file to the server's account, which has to read the keys, and to remove all of it in the end.
+    fn hand_over(&self, path: &str) {
         let owner = fs::metadata(self.server.data_dir()).unwrap();
-        chown(self.dir.join(&key), Some(owner.uid()), Some(owner.gid())).unwrap();
+        chown(self.dir.join(path), Some(owner.uid()), Some(owner.gid())).unwrap();
     }
 
     fn certificate(&self, name: &str, from: &str, to: &str) {
@@ -303,6 +309,8 @@ fn authorities_are_found_at_home_and_in_the_system() {
     }
     let with = encrypted().dir.join("with");
     fs::create_dir_all(with.join(".postgresql")).unwrap();
+    encrypted().hand_over("with");
+    encrypted().hand_over("with/.postgresql");
     let say = |home: &Path, system: &str, params: &str| {
         let output = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "tls::authorities_are_found_at_home_and_in_the_system", "--nocapture"])
