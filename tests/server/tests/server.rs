@@ -308,7 +308,9 @@ impl Scratch {
             assert!(status.success());
             program = copy;
         }
-        let mut command = Command::new(program);
+        // What a shell has started in the background, these tests perhaps, inherits that it ignores interrupts.
+        let mut command = Command::new("env");
+        command.arg("--default-signal=INT").arg(program);
         if let Some(id) = user {
             command.uid(id).gid(id).current_dir("/");
         }
