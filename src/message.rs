@@ -86,8 +86,7 @@ impl NewMessage {
     /// Gives the message an id of the caller's. Pushing a message with an id that is still stored
     /// in its topic changes nothing, so a push with such an id can be repeated.
     ///
-    /// Once the message is deleted, its id may be used again. But leave time between the two: while a lease is
-    /// held that was popped together with the old message, a settle of that which is repeated may settle the new one.
+    /// Once the message is deleted, its id may be used again.
     pub fn with_id(mut self, id: Uuid) -> Self {
         self.id = id;
         self

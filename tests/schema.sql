@@ -249,6 +249,11 @@ CREATE FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double pre
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'defer', delay, null, 0) $$;
+CREATE FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integer) RETURNS bigint
+    LANGUAGE sql STABLE PARALLEL SAFE
+    AS $$
+  select (date_part('epoch', delivery.pushed_at) * 1000000)::bigint + delivery.fence + 1
+$$;
 CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision DEFAULT 3600) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -257,13 +262,13 @@ CREATE FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double pr
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'extend', lease, null, 0) $$;
-CREATE FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) RETURNS timestamp with time zone
+CREATE FUNCTION pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 begin
   perform from "pushpop".messages m
-  where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
+  where m.topic = extend_lease.topic and m.id = extend_lease.id and "pushpop".delivery(m.pushed_at, m.fence) = extend_lease.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
   for no key update;
   return case when found then "pushpop".move_deadline(topic, id, fence, token, until) end;
@@ -310,7 +315,8 @@ begin
     left join lateral (
       select true as leased, max(l.lease_until) as lease_until, max(l.lease_until) <= moment as ended
       from "pushpop".leases l
-      where l.topic = find.topic and find.id = any (l.ids) and m.fence + 1 = l.fences[array_position(l.ids, find.id)]
+      where l.topic = find.topic and find.id = any (l.ids)
+        and l.fences[array_position(l.ids, find.id)] = "pushpop".delivery(m.pushed_at, m.fence)
         and q.waiting is null and m.state in ('p', 'd', 'r', 'f', 'e')
       having count(*) > 0
     ) l on true
@@ -337,7 +343,7 @@ begin
   return done;
 end
 $$;
-CREATE FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) RETURNS boolean
+CREATE FUNCTION pushpop.give_back(topic text, id uuid, fence bigint, outcome text, moment timestamp with time zone, delay double precision, error text) RETURNS boolean
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -354,9 +360,9 @@ begin
                      else m.ready_at end,
       failures   = case when outcome in ('fail', 'expire') then "pushpop".add_failure(m.failures, m.attempt + 1, moment, error)
                      else m.failures end
-  where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
+  where m.topic = give_back.topic and m.id = give_back.id and "pushpop".delivery(m.pushed_at, m.fence) = give_back.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
-  returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
+  returning m.id, m.ready_at, m.pushed_at, m.place, m.fence, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
   into message;
   if not found then
     return false;
@@ -368,7 +374,7 @@ begin
     insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
     insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, give_back.fence, message.id, array[message.id]);
+    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.fence, message.id, array[message.id]);
     if message.ready_at < moment + interval '1 second' then
       insert into "pushpop".behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
       on conflict do nothing;
@@ -389,7 +395,7 @@ CREATE FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], lea
 declare
   moment   timestamptz;
   beat     record;
-  delivery integer;
+  delivery bigint;
 begin
   perform "pushpop".check_arrays(cardinality(ids), array[coalesce(cardinality(topics), 0), coalesce(cardinality(tokens), 0),
                                                        coalesce(cardinality(leases), 0)]);
@@ -406,7 +412,8 @@ begin
     delivery := "pushpop".prove(beat.topic, beat.id, beat.token);
     if delivery is not null then
       perform from "pushpop".messages m
-      where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e')
+      where m.topic = beat.topic and m.id = beat.id and "pushpop".delivery(m.pushed_at, m.fence) = delivery
+        and m.state in ('p', 'd', 'r', 'f', 'e')
       for no key update skip locked;
       if found then
         perform from "pushpop".leases l where l.topic = beat.topic and l.key = beat.token for update skip locked;
@@ -418,7 +425,8 @@ begin
         end if;
       elsif exists (
         select from "pushpop".messages m
-        where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e'))
+        where m.topic = beat.topic and m.id = beat.id and "pushpop".delivery(m.pushed_at, m.fence) = delivery
+          and m.state in ('p', 'd', 'r', 'f', 'e'))
       then
         result := 'busy';
       end if;
@@ -488,7 +496,7 @@ begin
   perform set_config('synchronous_commit', 'on', true);
 end
 $$;
-CREATE FUNCTION pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) RETURNS timestamp with time zone
+CREATE FUNCTION pushpop.move_deadline(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) RETURNS timestamp with time zone
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -670,7 +678,7 @@ begin
     token := uuid_send(gen_random_uuid());
     insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
     values (pop.topic, token, until, 1, taken.ids, taken.fences);
-    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
+    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int8send(taken.fences[1]), until, m.attempt + 1, m.max_attempts,
            m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
     into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
     from "pushpop".messages m where m.topic = pop.topic and m.id = taken.ids[1];
@@ -685,12 +693,12 @@ begin
     -- One probe for each id, in their order.
     return query
       select m.id, m.payload, m.headers,
-             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at,
+             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int8send(u.fence),
+             until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at,
              m.failures -> -1 ->> 'error', m.failures
       from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
       cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.failures
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.failures
         from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
       ) m;
   end if;
@@ -699,16 +707,16 @@ begin
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.prove(topic text, id uuid, token bytea) RETURNS integer
+CREATE FUNCTION pushpop.prove(topic text, id uuid, token bytea) RETURNS bigint
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 declare
   lease_key bytea   := substring(token from 1 for 16);
   slot      integer;
-  delivery  integer;
+  delivery  bigint;
 begin
-  if octet_length(token) is distinct from 22 then
+  if octet_length(token) is distinct from 26 then
     return null;
   end if;
   slot := get_byte(token, 16) * 256 + get_byte(token, 17);
@@ -718,7 +726,7 @@ begin
     select l.fences[1] into delivery from "pushpop".leases l
     where l.topic = prove.topic and l.key = prove.token and l.ids[1] = prove.id;
   end if;
-  return case when int4send(delivery) = substring(token from 19) then delivery end;
+  return case when int8send(delivery) = substring(token from 19) then delivery end;
 end
 $$;
 CREATE FUNCTION pushpop.purge(topic text, max integer DEFAULT 10000) RETURNS bigint
@@ -998,12 +1006,12 @@ begin
       from unnest(lease.ids, lease.fences) with ordinality u(id, fence, slot)
       cross join lateral (
         select from "pushpop".messages m
-        where m.topic = reclaim.topic and m.id = u.id and m.fence = u.fence - 1
+        where m.topic = reclaim.topic and m.id = u.id and "pushpop".delivery(m.pushed_at, m.fence) = u.fence
           and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
       ) m
       where octet_length(lease.key) > 16 or not exists (
         select from "pushpop".leases l
-        where l.topic = reclaim.topic and l.key = lease.key || int2send(u.slot::int2) || int4send(u.fence))
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(u.slot::int2) || int8send(u.fence))
       order by u.id
     loop
       perform from "pushpop".messages m where m.topic = reclaim.topic and m.id = slot.id for update skip locked;
@@ -1011,7 +1019,7 @@ begin
         stuck := true;
       elsif octet_length(lease.key) = 16 and exists (
         select from "pushpop".leases l
-        where l.topic = reclaim.topic and l.key = lease.key || int2send(slot.slot::int2) || int4send(slot.fence))
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(slot.slot::int2) || int8send(slot.fence))
       then
         null;  -- It was extended before it was locked here.
       elsif "pushpop".give_back(reclaim.topic, slot.id, slot.fence, 'expire', moment, null, 'the lease expired') then
@@ -1262,12 +1270,12 @@ begin
   from unnest(ids, tokens) with ordinality u(id, token, place)
   cross join lateral (
     select m.ctid as tid, m.fence from "pushpop".messages m
-    where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+    where m.topic = settle_done.topic and m.id = u.id and int8send("pushpop".delivery(m.pushed_at, m.fence)) = substring(u.token from 19)
       and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
   ) m
-  where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
+  where octet_length(u.token) = 26 and substring(u.token from 1 for 16) = first
     and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
-    and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
+    and int8send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
   alike := cardinality(places) = wanted;
   if alike is not true then
     select target || array_agg(m.tid), fences || array_agg(m.fence), ended || array_agg(u.id),
@@ -1280,15 +1288,15 @@ begin
         select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
       ) s
       where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
-        and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
+        and l.ids[s.slot] = u.id and int8send(l.fences[s.slot]) = substring(u.token from 19)
       limit 1
     ) l
     cross join lateral (
       select m.ctid as tid, m.fence from "pushpop".messages m
-      where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+      where m.topic = settle_done.topic and m.id = u.id and int8send("pushpop".delivery(m.pushed_at, m.fence)) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
-    where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
+    where octet_length(u.token) = 26 and (known.ids is null or substring(u.token from 1 for 16) <> first);
   end if;
   if target is null then
     return null;
@@ -1345,7 +1353,7 @@ declare
   settled integer[];  -- places
   ended   bytea[];    -- tokens of deliveries that ended, but for those that settle_done saw to
   one     record;
-  fence   integer;
+  fence   bigint;
 begin
   if (octet_length(settle_many.topic) between 1 and 255 and wanted between 1 and 10000 and cardinality(tokens) = wanted
       and cardinality(outcomes) = wanted and outcomes <@ '{complete,discard}' and keep between 0 and 250000000000
@@ -1410,11 +1418,11 @@ begin
       select a.place::integer, case when m.id is null then 'gone' else 'lost' end, null::timestamptz
       from unnest(ids, tokens, outcomes) with ordinality a(id, token, outcome, place)
       left join lateral (
-        select m.id, m.fence, m.state from "pushpop".messages m
+        select m.id, m.pushed_at, m.fence, m.state from "pushpop".messages m
         where m.topic = settle_many.topic and m.id = a.id offset 0
       ) m on true
       where (settled is null or a.place <> all (settled))
-        and not coalesce(int4send(m.fence) = substring(a.token from 19)
+        and not coalesce(int8send("pushpop".delivery(m.pushed_at, m.fence - 1)) = substring(a.token from 19)
           and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
                 when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
                 when 'fail' then m.state in ('f', 'z') else false end, false);
@@ -1444,7 +1452,7 @@ CREATE FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome 
     AS $$
 #variable_conflict use_column
 declare
-  delivery integer := "pushpop".prove(topic, id, token);
+  delivery bigint := "pushpop".prove(topic, id, token);
 begin
   if delivery is null then
     return false;
@@ -1452,7 +1460,7 @@ begin
     update "pushpop".messages m
     set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
         done_at = moment, delete_at = moment + keep * interval '1 second'
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+    where m.topic = settle_single.topic and m.id = settle_single.id and "pushpop".delivery(m.pushed_at, m.fence) = delivery
       and m.state in ('p', 'd', 'r', 'f', 'e');
     if found then
       insert into "pushpop".history (topic, delete_at, id, n, ids)
@@ -1460,7 +1468,7 @@ begin
     end if;
   else
     delete from "pushpop".messages m
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+    where m.topic = settle_single.topic and m.id = settle_single.id and "pushpop".delivery(m.pushed_at, m.fence) = delivery
       and m.state in ('p', 'd', 'r', 'f', 'e');
   end if;
   if not found then
@@ -1537,7 +1545,8 @@ begin
     ) l
     cross join lateral (
       select m.id, m.ready_at, coalesce(m.attempt + 1 >= m.max_attempts, false) as doomed from "pushpop".messages m
-      where m.topic = stats.topic and m.id = l.id and m.fence = l.fence - 1 and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      where m.topic = stats.topic and m.id = l.id and "pushpop".delivery(m.pushed_at, m.fence) = l.fence
+        and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m;
     ready := ready + expired;
     oldest_ready_at := least(oldest_ready_at, oldest);
@@ -1558,7 +1567,7 @@ begin
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) RETURNS record
+CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) RETURNS record
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -1568,13 +1577,13 @@ declare
   want  integer := max;
   -- One row at a time: what is fetched is locked, and must be taken.
   front cursor for
-    select q.ctid as tid, q.n, q.fence, q.ids from "pushpop".runs q
+    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.ids from "pushpop".runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
 begin
   if max = 1 then
-    select q.ctid as tid, q.n, q.fence, q.ids into run from "pushpop".runs q
+    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.ids into run from "pushpop".runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     limit 1 for update skip locked;
@@ -1588,7 +1597,7 @@ begin
       where q.topic = take_runs.topic and q.ctid = run.tid;
     end if;
     ids := run.ids[1 : 1];
-    fences := array[run.fence + 1];
+    fences := array["pushpop".delivery(run.pushed_at, run.fence)];
     return;
   end if;
   open front;
@@ -1604,7 +1613,7 @@ begin
       set n = q.n - want, place = q.place + want, id = q.ids[want + 1], ids = q.ids[want + 1 :]
       where q.topic = take_runs.topic and q.ctid = run.tid;
     end if;
-    fences := fences || array_fill(run.fence + 1, array[least(run.n, want)]);
+    fences := fences || array_fill("pushpop".delivery(run.pushed_at, run.fence), array[least(run.n, want)]);
     want := want - least(run.n, want);
     exit when want = 0;
   end loop;
@@ -1880,7 +1889,7 @@ begin
   perform pg_logical_emit_message(true, 'pushpop', 'duplicate');
 end
 $$;
-CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) RETURNS record
+CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) RETURNS record
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -1976,7 +1985,7 @@ CREATE TABLE pushpop.leases (
     topic text NOT NULL COLLATE pg_catalog."C",
     key bytea NOT NULL,
     ids uuid[] NOT NULL,
-    fences integer[] NOT NULL
+    fences bigint[] NOT NULL
 )
 WITH (fillfactor='80', autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
 ALTER TABLE ONLY pushpop.leases ALTER COLUMN ids SET STORAGE PLAIN;
@@ -1997,7 +2006,7 @@ CREATE VIEW pushpop.in_flight AS
           GROUP BY l_1.topic, u.id, u.fence) l
      CROSS JOIN LATERAL ( SELECT (m_1.attempt + 1) AS attempt
            FROM pushpop.messages m_1
-          WHERE ((m_1.topic = l.topic) AND (m_1.id = l.id) AND (m_1.fence = (l.fence - 1)) AND (m_1.state = ANY (ARRAY['p'::"char", 'd'::"char", 'r'::"char", 'f'::"char", 'e'::"char"])))
+          WHERE ((m_1.topic = l.topic) AND (m_1.id = l.id) AND (((((date_part('epoch'::text, m_1.pushed_at) * (1000000)::double precision))::bigint + m_1.fence) + 1) = l.fence) AND (m_1.state = ANY (ARRAY['p'::"char", 'd'::"char", 'r'::"char", 'f'::"char", 'e'::"char"])))
          OFFSET 0) m)
   ORDER BY l.lease_until, l.topic, l.id;
 CREATE TABLE pushpop.migrations (
@@ -2066,18 +2075,19 @@ REVOKE ALL ON FUNCTION pushpop.check_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.dead_letters(topic text, max integer, before timestamp with time zone, before_id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.find(topic text, id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.finish(topic text, target tid[], fence integer, outcome text, moment timestamp with time zone, keep double precision) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.give_back(topic text, id uuid, fence integer, outcome text, moment timestamp with time zone, delay double precision, error text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.give_back(topic text, id uuid, fence bigint, outcome text, moment timestamp with time zone, delay double precision, error text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lease_interval(lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lock_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.make_durable() FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.move_deadline(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.pause(topic text) FROM PUBLIC;
@@ -2103,7 +2113,7 @@ REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) FROM PUBLIC;
@@ -2113,4 +2123,4 @@ REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision, OUT noted boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences integer[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;

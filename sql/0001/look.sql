@@ -56,7 +56,8 @@ begin
     left join lateral (
       select true as leased, max(l.lease_until) as lease_until, max(l.lease_until) <= moment as ended
       from pushpop.leases l
-      where l.topic = find.topic and find.id = any (l.ids) and m.fence + 1 = l.fences[array_position(l.ids, find.id)]
+      where l.topic = find.topic and find.id = any (l.ids)
+        and l.fences[array_position(l.ids, find.id)] = pushpop.delivery(m.pushed_at, m.fence)
         and q.waiting is null and m.state in ('p', 'd', 'r', 'f', 'e')
       having count(*) > 0
     ) l on true

@@ -4,6 +4,14 @@
 -- queue are always wrong. Rows are found through the primary key, one probe each, and written by
 -- their ctid: see README.md beside this folder.
 
+-- The number of the next delivery of a message, after so many. Counted from the time of the push in microseconds, so
+-- that no number comes twice for an id, even when that is used again after its message was deleted.
+create function pushpop.delivery(pushed_at timestamptz, fence integer) returns bigint
+language sql stable parallel safe
+as $body$
+  select (date_part('epoch', delivery.pushed_at) * 1000000)::bigint + delivery.fence + 1
+$body$;
+
 -- Pops up to max messages of a topic, oldest first, each leased for so many seconds: lease, else what
 -- the topic says, else fallback. A topic that is paused hands out none.
 --
@@ -98,7 +106,7 @@ begin
     token := uuid_send(gen_random_uuid());
     insert into pushpop.leases (topic, key, lease_until, open, ids, fences)
     values (pop.topic, token, until, 1, taken.ids, taken.fences);
-    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int4send(m.fence + 1), until, m.attempt + 1, m.max_attempts,
+    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int8send(taken.fences[1]), until, m.attempt + 1, m.max_attempts,
            m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
     into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
     from pushpop.messages m where m.topic = pop.topic and m.id = taken.ids[1];
@@ -113,12 +121,12 @@ begin
     -- One probe for each id, in their order.
     return query
       select m.id, m.payload, m.headers,
-             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int4send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, u.fence::bigint, m.pushed_at, m.ready_at,
+             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int8send(u.fence),
+             until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at,
              m.failures -> -1 ->> 'error', m.failures
       from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
       cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.pushed_at, m.ready_at, m.failures
+        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.failures
         from pushpop.messages m where m.topic = pop.topic and m.id = u.id offset 0
       ) m;
   end if;
@@ -132,7 +140,7 @@ $body$;
 -- numbers of their next deliveries. A run that is larger than what is still wanted is cut: its
 -- rest stays at its place.
 create function pushpop.take_runs(
-  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences integer[]
+  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences bigint[]
 )
 language plpgsql
 as $body$
@@ -143,13 +151,13 @@ declare
   want  integer := max;
   -- One row at a time: what is fetched is locked, and must be taken.
   front cursor for
-    select q.ctid as tid, q.n, q.fence, q.ids from pushpop.runs q
+    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.ids from pushpop.runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
 begin
   if max = 1 then
-    select q.ctid as tid, q.n, q.fence, q.ids into run from pushpop.runs q
+    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.ids into run from pushpop.runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     limit 1 for update skip locked;
@@ -163,7 +171,7 @@ begin
       where q.topic = take_runs.topic and q.ctid = run.tid;
     end if;
     ids := run.ids[1 : 1];
-    fences := array[run.fence + 1];
+    fences := array[pushpop.delivery(run.pushed_at, run.fence)];
     return;
   end if;
 
@@ -180,7 +188,7 @@ begin
       set n = q.n - want, place = q.place + want, id = q.ids[want + 1], ids = q.ids[want + 1 :]
       where q.topic = take_runs.topic and q.ctid = run.tid;
     end if;
-    fences := fences || array_fill(run.fence + 1, array[least(run.n, want)]);
+    fences := fences || array_fill(pushpop.delivery(run.pushed_at, run.fence), array[least(run.n, want)]);
     want := want - least(run.n, want);
     exit when want = 0;
   end loop;
@@ -194,7 +202,7 @@ $body$;
 -- Nothing was free, but a run may just be in the hands of another pop, which leaves a rest: waits
 -- for it, up to a second.
 create function pushpop.wait_for_runs(
-  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences integer[]
+  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences bigint[]
 )
 language plpgsql
 as $body$

@@ -1,7 +1,7 @@
 -- Settling: what the holder of a lease does with its message, each proved by the token.
 --
 -- A token is 16 random bytes, the key of a row of pushpop.leases; two bytes, the slot of the message
--- in it; four bytes, the number of the delivery. The lease proves that this delivery was made; the
+-- in it; eight bytes, the number of the delivery. The lease proves that this delivery was made; the
 -- fence of the message, that none has followed it.
 
 -- Settles many leases of a topic in one statement. Returns the places of those that were not
@@ -49,7 +49,7 @@ declare
   settled integer[];  -- places
   ended   bytea[];    -- tokens of deliveries that ended, but for those that settle_done saw to
   one     record;
-  fence   integer;
+  fence   bigint;
 begin
   if (octet_length(settle_many.topic) between 1 and 255 and wanted between 1 and 10000 and cardinality(tokens) = wanted
       and cardinality(outcomes) = wanted and outcomes <@ '{complete,discard}' and keep between 0 and 250000000000
@@ -116,11 +116,11 @@ begin
       select a.place::integer, case when m.id is null then 'gone' else 'lost' end, null::timestamptz
       from unnest(ids, tokens, outcomes) with ordinality a(id, token, outcome, place)
       left join lateral (
-        select m.id, m.fence, m.state from pushpop.messages m
+        select m.id, m.pushed_at, m.fence, m.state from pushpop.messages m
         where m.topic = settle_many.topic and m.id = a.id offset 0
       ) m on true
       where (settled is null or a.place <> all (settled))
-        and not coalesce(int4send(m.fence) = substring(a.token from 19)
+        and not coalesce(int8send(pushpop.delivery(m.pushed_at, m.fence - 1)) = substring(a.token from 19)
           and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
                 when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
                 when 'fail' then m.state in ('f', 'z') else false end, false);
@@ -130,16 +130,16 @@ $body$;
 
 -- The number of the delivery that a token proves; null if its lease is not known. A lease that was
 -- extended has a row of its own, which may outlive the one it shared.
-create function pushpop.prove(topic text, id uuid, token bytea) returns integer
+create function pushpop.prove(topic text, id uuid, token bytea) returns bigint
 language plpgsql
 as $body$
 #variable_conflict use_column
 declare
   lease_key bytea   := substring(token from 1 for 16);
   slot      integer;
-  delivery  integer;
+  delivery  bigint;
 begin
-  if octet_length(token) is distinct from 22 then
+  if octet_length(token) is distinct from 26 then
     return null;
   end if;
   slot := get_byte(token, 16) * 256 + get_byte(token, 17);
@@ -149,7 +149,7 @@ begin
     select l.fences[1] into delivery from pushpop.leases l
     where l.topic = prove.topic and l.key = prove.token and l.ids[1] = prove.id;
   end if;
-  return case when int4send(delivery) = substring(token from 19) then delivery end;
+  return case when int8send(delivery) = substring(token from 19) then delivery end;
 end
 $body$;
 
@@ -161,7 +161,7 @@ language plpgsql
 as $body$
 #variable_conflict use_column
 declare
-  delivery integer := pushpop.prove(topic, id, token);
+  delivery bigint := pushpop.prove(topic, id, token);
 begin
   if delivery is null then
     return false;
@@ -169,7 +169,7 @@ begin
     update pushpop.messages m
     set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
         done_at = moment, delete_at = moment + keep * interval '1 second'
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+    where m.topic = settle_single.topic and m.id = settle_single.id and pushpop.delivery(m.pushed_at, m.fence) = delivery
       and m.state in ('p', 'd', 'r', 'f', 'e');
     if found then
       insert into pushpop.history (topic, delete_at, id, n, ids)
@@ -177,7 +177,7 @@ begin
     end if;
   else
     delete from pushpop.messages m
-    where m.topic = settle_single.topic and m.id = settle_single.id and m.fence = delivery - 1
+    where m.topic = settle_single.topic and m.id = settle_single.id and pushpop.delivery(m.pushed_at, m.fence) = delivery
       and m.state in ('p', 'd', 'r', 'f', 'e');
   end if;
   if not found then
@@ -214,12 +214,12 @@ begin
   from unnest(ids, tokens) with ordinality u(id, token, place)
   cross join lateral (
     select m.ctid as tid, m.fence from pushpop.messages m
-    where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+    where m.topic = settle_done.topic and m.id = u.id and int8send(pushpop.delivery(m.pushed_at, m.fence)) = substring(u.token from 19)
       and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
   ) m
-  where octet_length(u.token) = 22 and substring(u.token from 1 for 16) = first
+  where octet_length(u.token) = 26 and substring(u.token from 1 for 16) = first
     and known.ids[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)] = u.id
-    and int4send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
+    and int8send(known.fences[get_byte(u.token, 16) * 256 + get_byte(u.token, 17)]) = substring(u.token from 19);
 
   alike := cardinality(places) = wanted;
   if alike is not true then
@@ -233,15 +233,15 @@ begin
         select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
       ) s
       where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
-        and l.ids[s.slot] = u.id and int4send(l.fences[s.slot]) = substring(u.token from 19)
+        and l.ids[s.slot] = u.id and int8send(l.fences[s.slot]) = substring(u.token from 19)
       limit 1
     ) l
     cross join lateral (
       select m.ctid as tid, m.fence from pushpop.messages m
-      where m.topic = settle_done.topic and m.id = u.id and int4send(m.fence + 1) = substring(u.token from 19)
+      where m.topic = settle_done.topic and m.id = u.id and int8send(pushpop.delivery(m.pushed_at, m.fence)) = substring(u.token from 19)
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m
-    where octet_length(u.token) = 22 and (known.ids is null or substring(u.token from 1 for 16) <> first);
+    where octet_length(u.token) = 26 and (known.ids is null or substring(u.token from 1 for 16) <> first);
   end if;
 
   if target is null then
@@ -310,7 +310,7 @@ $body$;
 
 -- Ends a delivery without an end of the message: it waits again, or is dead.
 create function pushpop.give_back(
-  topic text, id uuid, fence integer, outcome text, moment timestamptz, delay double precision, error text
+  topic text, id uuid, fence bigint, outcome text, moment timestamptz, delay double precision, error text
 ) returns boolean
 language plpgsql
 as $body$
@@ -328,9 +328,9 @@ begin
                      else m.ready_at end,
       failures   = case when outcome in ('fail', 'expire') then pushpop.add_failure(m.failures, m.attempt + 1, moment, error)
                      else m.failures end
-  where m.topic = give_back.topic and m.id = give_back.id and m.fence = give_back.fence - 1
+  where m.topic = give_back.topic and m.id = give_back.id and pushpop.delivery(m.pushed_at, m.fence) = give_back.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
-  returning m.id, m.ready_at, m.pushed_at, m.place, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
+  returning m.id, m.ready_at, m.pushed_at, m.place, m.fence, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
   into message;
   if not found then
     return false;
@@ -343,7 +343,7 @@ begin
     insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
     insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, give_back.fence, message.id, array[message.id]);
+    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.fence, message.id, array[message.id]);
     if message.ready_at < moment + interval '1 second' then
       insert into pushpop.behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
       on conflict do nothing;
@@ -367,13 +367,13 @@ $body$;
 
 -- Gives a lease a row of its own with a later end; returns that, or null if the lease is over. Locks the
 -- message, so that it cannot be reclaimed at the same time.
-create function pushpop.extend_lease(topic text, id uuid, fence integer, token bytea, until timestamptz) returns timestamptz
+create function pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamptz) returns timestamptz
 language plpgsql
 as $body$
 #variable_conflict use_column
 begin
   perform from pushpop.messages m
-  where m.topic = extend_lease.topic and m.id = extend_lease.id and m.fence = extend_lease.fence - 1
+  where m.topic = extend_lease.topic and m.id = extend_lease.id and pushpop.delivery(m.pushed_at, m.fence) = extend_lease.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
   for no key update;
   return case when found then pushpop.move_deadline(topic, id, fence, token, until) end;
@@ -381,7 +381,7 @@ end
 $body$;
 
 -- The same once the message is locked.
-create function pushpop.move_deadline(topic text, id uuid, fence integer, token bytea, until timestamptz) returns timestamptz
+create function pushpop.move_deadline(topic text, id uuid, fence bigint, token bytea, until timestamptz) returns timestamptz
 language plpgsql
 as $body$
 #variable_conflict use_column
@@ -416,7 +416,7 @@ as $body$
 declare
   moment   timestamptz;
   beat     record;
-  delivery integer;
+  delivery bigint;
 begin
   perform pushpop.check_arrays(cardinality(ids), array[coalesce(cardinality(topics), 0), coalesce(cardinality(tokens), 0),
                                                        coalesce(cardinality(leases), 0)]);
@@ -433,7 +433,8 @@ begin
     delivery := pushpop.prove(beat.topic, beat.id, beat.token);
     if delivery is not null then
       perform from pushpop.messages m
-      where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e')
+      where m.topic = beat.topic and m.id = beat.id and pushpop.delivery(m.pushed_at, m.fence) = delivery
+        and m.state in ('p', 'd', 'r', 'f', 'e')
       for no key update skip locked;
       if found then
         perform from pushpop.leases l where l.topic = beat.topic and l.key = beat.token for update skip locked;
@@ -445,7 +446,8 @@ begin
         end if;
       elsif exists (
         select from pushpop.messages m
-        where m.topic = beat.topic and m.id = beat.id and m.fence = delivery - 1 and m.state in ('p', 'd', 'r', 'f', 'e'))
+        where m.topic = beat.topic and m.id = beat.id and pushpop.delivery(m.pushed_at, m.fence) = delivery
+          and m.state in ('p', 'd', 'r', 'f', 'e'))
       then
         result := 'busy';
       end if;

@@ -84,7 +84,8 @@ begin
     ) l
     cross join lateral (
       select m.id, m.ready_at, coalesce(m.attempt + 1 >= m.max_attempts, false) as doomed from pushpop.messages m
-      where m.topic = stats.topic and m.id = l.id and m.fence = l.fence - 1 and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      where m.topic = stats.topic and m.id = l.id and pushpop.delivery(m.pushed_at, m.fence) = l.fence
+        and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m;
     ready := ready + expired;
     oldest_ready_at := least(oldest_ready_at, oldest);

@@ -59,7 +59,7 @@ create table pushpop.leases (
   topic       text collate "C" not null,
   key         bytea not null,    -- the first 16 bytes of the tokens: random
   ids         uuid[] not null,
-  fences      integer[] not null, -- the numbers of the deliveries
+  fences      bigint[] not null, -- the numbers of the deliveries
   primary key (topic, key)
 ) with (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.05, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0);
 

@@ -28,12 +28,12 @@ begin
       from unnest(lease.ids, lease.fences) with ordinality u(id, fence, slot)
       cross join lateral (
         select from pushpop.messages m
-        where m.topic = reclaim.topic and m.id = u.id and m.fence = u.fence - 1
+        where m.topic = reclaim.topic and m.id = u.id and pushpop.delivery(m.pushed_at, m.fence) = u.fence
           and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
       ) m
       where octet_length(lease.key) > 16 or not exists (
         select from pushpop.leases l
-        where l.topic = reclaim.topic and l.key = lease.key || int2send(u.slot::int2) || int4send(u.fence))
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(u.slot::int2) || int8send(u.fence))
       order by u.id
     loop
       perform from pushpop.messages m where m.topic = reclaim.topic and m.id = slot.id for update skip locked;
@@ -41,7 +41,7 @@ begin
         stuck := true;
       elsif octet_length(lease.key) = 16 and exists (
         select from pushpop.leases l
-        where l.topic = reclaim.topic and l.key = lease.key || int2send(slot.slot::int2) || int4send(slot.fence))
+        where l.topic = reclaim.topic and l.key = lease.key || int2send(slot.slot::int2) || int8send(slot.fence))
       then
         null;  -- It was extended before it was locked here.
       elsif pushpop.give_back(reclaim.topic, slot.id, slot.fence, 'expire', moment, null, 'the lease expired') then

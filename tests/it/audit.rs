@@ -18,14 +18,14 @@ const RULES: [(&str, &str); 6] = [
         "select m.id from pushpop.messages m where m.state in ('p', 'd', 'r', 'f', 'e')
          and not exists (select from pushpop.runs q where q.topic = m.topic and m.id = any (q.ids))
          and not exists (select from pushpop.leases l, unnest(l.ids, l.fences) u(id, fence)
-                         where l.topic = m.topic and u.id = m.id and u.fence = m.fence + 1)",
+                         where l.topic = m.topic and u.id = m.id and u.fence = pushpop.delivery(m.pushed_at, m.fence))",
     ),
     (
         "a message that is in a run and in a lease of its present delivery",
         "select m.id from pushpop.messages m
          join pushpop.runs q on q.topic = m.topic and m.id = any (q.ids)
          join pushpop.leases l on l.topic = m.topic and m.id = any (l.ids)
-         where l.fences[array_position(l.ids, m.id)] = m.fence + 1",
+         where l.fences[array_position(l.ids, m.id)] = pushpop.delivery(m.pushed_at, m.fence)",
     ),
     (
         "a message that is in two runs",
@@ -42,7 +42,7 @@ const RULES: [(&str, &str); 6] = [
         "a lease with more open messages than it counts",
         "select l.ids[1] from pushpop.leases l where octet_length(l.key) = 16 and l.open < (
              select count(*) from unnest(l.ids, l.fences) u(id, fence)
-             join pushpop.messages m on m.topic = l.topic and m.id = u.id and m.fence = u.fence - 1
+             join pushpop.messages m on m.topic = l.topic and m.id = u.id and pushpop.delivery(m.pushed_at, m.fence) = u.fence
              where m.state in ('p', 'd', 'r', 'f', 'e'))",
     ),
     (

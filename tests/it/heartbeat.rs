@@ -40,7 +40,7 @@ fn one_statement_for_many_topics_tells_each_apart() {
     let (mut client, mut other) = (world.client(), world.client());
     let [kept, busy, settled, expired] =
         ["kept", "busy", "settled", "expired"].map(|topic| push_and_pop(&world, &mut client, topic, 1.0));
-    let unknown = (Uuid::now_v7(), vec![7; 22]);
+    let unknown = (Uuid::now_v7(), vec![7; 26]);
     let complete = world.sql("select pushpop.complete($1, $2, $3)");
     client.execute(&complete, &[&"settled", &settled.0, &settled.1]).unwrap();
     let mut tx = other.transaction().unwrap();

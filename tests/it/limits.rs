@@ -299,8 +299,8 @@ fn sql_takes_nonsense_for_a_token_as_lost() {
     let lease = pop(&queue, "t");
     let mut client = world.client();
     let sql = world.sql("select pushpop.complete('t', $1, $2)");
-    let other = vec![7_u8; 22];
-    for token in [&[][..], &[0; 15], &[0; 16], &[0xff; 22], &other, &[1; 1000]] {
+    let other = vec![7_u8; 26];
+    for token in [&[][..], &[0; 15], &[0; 16], &[0xff; 26], &other, &[1; 1000]] {
         let error = client.query(&sql, &[&lease.id(), &token]).unwrap_err();
         assert_eq!(error.code().unwrap().code(), "PP001", "{token:?}");
     }

@@ -400,9 +400,6 @@ impl<'a> Machine<'a> {
         let payload = format!("{} {place}", self.clock).into_bytes();
         let mut message = NewMessage::new(payload.clone());
         let again = push.again.and_then(|of| of.checked_rem(self.messages.len()));
-        // Not one of a message that is deleted: a settle of the old one that is repeated then may hit the new one, as
-        // deliveries are counted anew.
-        let again = again.filter(|at| self.messages[*at].1.is != Is::Gone);
         if let Some(at) = again {
             message = message.with_id(self.messages[at].0);
         }
@@ -517,7 +514,8 @@ impl<'a> Machine<'a> {
     /// Whether the answer to a settle is right; returns whether it took effect now.
     fn check(&mut self, of: Delivery, wanted: Option<Is>, kind: Option<ErrorKind>) -> bool {
         let known = &mut self.messages[of.at].1;
-        let current = known.fence + 1 == of.fence && known.place.1 == of.born;
+        let same = known.place.1 == of.born;
+        let current = same && known.fence + 1 == of.fence;
         match known.is {
             Is::Leased if current => assert_eq!(kind, None, "settles {known:?}"),
             // Nobody can know whether that was noticed yet.
@@ -529,7 +527,7 @@ impl<'a> Machine<'a> {
             }
             Is::Gone => assert_eq!(kind, Some(ErrorKind::NotFound), "{known:?}"),
             // Repeated, or too late.
-            _ if wanted.is_some() && of.settled == wanted => {
+            _ if same && wanted.is_some() && of.settled == wanted => {
                 assert_eq!(kind, None, "repeats what was done to {known:?}");
             }
             _ => assert_eq!(kind, Some(ErrorKind::LeaseLost), "{known:?}"),
@@ -582,15 +580,16 @@ impl<'a> Machine<'a> {
         for of in of {
             held.extend(self.take(*of));
         }
-        let all: Vec<(Uuid, Delivery)> = held.iter().map(|held| (held.lease.id(), held.of)).collect();
+        let token = |lease: &Lease| (lease.id(), lease.pushed_at(), lease.fence());
+        let all: Vec<_> = held.iter().map(|held| (token(&held.lease), held.of)).collect();
         let leases = held.into_iter().map(|held| held.lease).collect();
         // Those that are not stored are an error, which comes with those that are lost.
         let (mut back, error) = match self.queue.complete_many(leases).map_err(SettleError::into_parts) {
             Ok(lost) => (lost, None),
             Err((back, error)) => (back, Some(error)),
         };
-        for (id, of) in all {
-            let found = back.iter().position(|lease| lease.id() == id && lease.fence() == of.fence);
+        for (known, of) in all {
+            let found = back.iter().position(|lease| token(lease) == known);
             let lease = found.map(|found| back.remove(found));
             let kind = match &error {
                 Some(error) if self.messages[of.at].1.is == Is::Gone => Some(error.kind()),

@@ -183,10 +183,10 @@ fn internal_functions_have_the_rights_of_their_callers() {
         "note_look('t', now())",
         "lock_topic('t')",
         "take_runs('t', now(), now(), 1)",
-        "settle_single('t', gen_random_uuid(), decode(repeat('00', 22), 'hex'), 'complete', now(), 1, true)",
+        "settle_single('t', gen_random_uuid(), decode(repeat('00', 26), 'hex'), 'complete', now(), 1, true)",
         "settle_done('t', array[gen_random_uuid()], array['x'::bytea], 'complete', now(), 1, true)",
         "tidy_lease('t', 'x', 1)",
-        "prove('t', gen_random_uuid(), decode(repeat('00', 22), 'hex'))",
+        "prove('t', gen_random_uuid(), decode(repeat('00', 26), 'hex'))",
         "move_deadline('t', gen_random_uuid(), 1, 'x', now())",
         "bottom('t')",
     ] {

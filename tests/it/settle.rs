@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pushpop_pg::uuid::Uuid;
 use pushpop_pg::{Error, ErrorKind, Lease, NewMessage, Queue, SettleError, State};
 
 use crate::world::{SOON, World, drain, pop, pop_many, stats, text, until, until_locked};
@@ -226,6 +227,53 @@ fn repeating_a_settle_that_succeeded_is_fine() {
             pop(&queue, "t").complete().unwrap();
         }
     }
+}
+
+/// The row of the lease outlives the message, as a second one was popped with it.
+#[test]
+fn a_lease_has_no_hold_on_a_later_message_with_the_same_id() {
+    let world = World::new();
+    let queue = world.open(world.builder().keep_settled(Duration::ZERO));
+    let mut client = world.client();
+    let mut settle = |ids: &[Uuid], tokens: &[&[u8]], verb: &str, delay: Option<f64>| -> Vec<String> {
+        let sql = world.sql(
+            "select result from pushpop.settle_many('t', $1, $2, array_fill($3::text, array[cardinality($1::uuid[])]),
+                                                    array_fill($4::float8, array[cardinality($1::uuid[])]), null, 0)",
+        );
+        client.query(&sql, &[&ids, &tokens, &verb, &delay]).unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let (id, sibling) = (Uuid::now_v7(), Uuid::now_v7());
+    queue.push_many("t", [id, sibling].map(|id| NewMessage::new("old").with_id(id))).unwrap();
+    let old = world.client().query(&world.sql("select token from pushpop.pop('t', 2, 1)"), &[]).unwrap();
+    let tokens: Vec<&[u8]> = old.iter().map(|row| row.get(0)).collect();
+    assert!(settle(&[id], &tokens[..1], "complete", None).is_empty());
+    queue.push("t", NewMessage::new("new").with_id(id)).unwrap();
+    let new = pop(&queue, "t");
+    assert_eq!((new.id(), new.attempt(), new.fence()), (id, 1, 1));
+
+    for (verb, delay) in [
+        ("complete", None),
+        ("discard", None),
+        ("defer", Some(0.0)),
+        ("release", None),
+        ("fail", None),
+        ("extend", Some(9.0)),
+    ] {
+        assert_eq!(settle(&[id], &tokens[..1], verb, delay), ["lost"], "{verb}");
+        assert_eq!(settle(&[id, id], &[tokens[0], tokens[0]], verb, delay), ["lost", "lost"], "{verb}");
+    }
+    let beat = world.sql("select result from pushpop.heartbeat(array['t'], array[$1::uuid], array[$2::bytea], array[9::float8])");
+    let said = world.client().query_one(&beat, &[&id, &tokens[0]]).unwrap();
+    assert_eq!(said.get::<_, &str>(0), "lost");
+
+    // The old lease ends: its other message comes again, and the new one does not.
+    let again = queue.pop_timeout("t", SOON).unwrap().unwrap();
+    assert_eq!(again.id(), sibling);
+    let found = queue.find("t", id).unwrap().unwrap();
+    assert!(matches!(found.state(), State::Leased { until } if until == new.deadline()), "{found:?}");
+    assert_eq!((stats(&queue, "t").leased(), stats(&queue, "t").ready()), (2, 0));
+    new.complete().unwrap();
+    again.complete().unwrap();
 }
 
 #[test]

@@ -10,7 +10,7 @@ pub(crate) struct Broken {
     patches: &'static [(&'static str, &'static str, &'static str)],
 }
 
-const SETTLED: &str = "m.fence = delivery - 1";
+const SETTLED: &str = "pushpop.delivery(m.pushed_at, m.fence) = delivery";
 
 pub(crate) const ALL: [Broken; 20] = [
     // Clients.
@@ -38,10 +38,14 @@ pub(crate) const ALL: [Broken; 20] = [
             ("settle_single", "and m.state in ('p', 'd', 'r', 'f', 'e')", ""),
             (
                 "prove",
-                "return case when int4send(delivery) = substring(token from 19) then delivery end;",
+                "return case when int8send(delivery) = substring(token from 19) then delivery end;",
                 "return 1;",
             ),
-            ("settle_done", "and int4send(m.fence + 1) = substring(u.token from 19)", ""),
+            (
+                "settle_done",
+                "and int8send(pushpop.delivery(m.pushed_at, m.fence)) = substring(u.token from 19)",
+                "",
+            ),
         ],
     },
     Broken {
@@ -113,7 +117,7 @@ pub(crate) const ALL: [Broken; 20] = [
     Broken {
         name: "settle-only-said",
         patches: &[
-            ("settle_single", "m.fence = delivery - 1", "false"),
+            ("settle_single", SETTLED, "false"),
             ("settle_many", "if coalesce(cardinality(settled), 0) < wanted then", "if false then"),
         ],
     },

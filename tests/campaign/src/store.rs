@@ -16,14 +16,19 @@ pub(crate) const SETUP: &str = "
     create schema campaign;
     create table campaign.effects (id uuid not null, fence bigint not null);
     create table campaign.grants (
-        at timestamptz not null, key bytea not null, ids uuid[] not null, fences integer[] not null
+        at timestamptz not null, key bytea not null, ids uuid[] not null, fences bigint[] not null
     );
     create function campaign.note_grants() returns trigger language plpgsql security definer
     set search_path = pg_catalog, pg_temp
     as $body$
     begin
         insert into campaign.grants (at, key, ids, fences)
-        select clock_timestamp(), n.key, n.ids, n.fences
+        select clock_timestamp(), n.key, n.ids, array(
+            select u.fence - pushpop.delivery(m.pushed_at, -1)
+            from unnest(n.ids, n.fences) with ordinality u(id, fence, place)
+            cross join lateral (
+                select m.pushed_at from pushpop.messages m where m.topic = n.topic and m.id = u.id offset 0
+            ) m order by u.place)
         from new_leases n where octet_length(n.key) = 16;
         return null;
     end
@@ -101,9 +106,9 @@ pub(crate) fn read(client: &mut Client) -> Result<Store, BoxError> {
     let mut rows = client.query_raw(sql, none)?;
     while let Some(row) = rows.next()? {
         let at = micros(row.get(0));
-        let (ids, fences): (Vec<Uuid>, Vec<i32>) = (row.get(1), row.get(2));
+        let (ids, fences): (Vec<Uuid>, Vec<i64>) = (row.get(1), row.get(2));
         for (id, fence) in ids.into_iter().zip(fences) {
-            store.grants.entry(id).or_default().push(Granted { fence: fence.into(), at });
+            store.grants.entry(id).or_default().push(Granted { fence, at });
         }
     }
     drop(rows);
