@@ -37,6 +37,7 @@ mod tidy;
 mod tls;
 mod topics;
 mod transaction;
+mod traps;
 mod upkeep;
 mod views;
 mod wake;
