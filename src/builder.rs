@@ -194,6 +194,9 @@ impl Builder {
     /// Whether the URL leads to a pooler in transaction mode, such as pgbouncer. The queue then uses
     /// no named statements, no session settings and no notifications: waiting pops poll. Default:
     /// `false`.
+    ///
+    /// Statements of your own within [`Queue::transaction`] should have no names either: take the driver's `query_typed`,
+    /// as `query` and `execute` name theirs, and another client of the pooler may have left the same name behind.
     pub fn pooler(mut self, yes: bool) -> Self {
         self.pooler = yes;
         self

@@ -1,5 +1,6 @@
 //! The schema: its migrations, its version, and who may use it.
 
+use postgres::types::Type;
 use postgres::{Client, Transaction};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -132,9 +133,9 @@ impl Schema {
         // However long another process takes: the caller has a deadline of its own.
         tx.batch_execute("set local lock_timeout = 0; set local statement_timeout = 0")?;
         // One at a time: concurrent `create .. if not exists` collide in the catalogs.
-        tx.execute(
+        tx.query_typed(
             "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 5706))",
-            &[&self.name],
+            &[(&self.name, Type::TEXT)],
         )?;
         let found = self.version(&mut tx)?;
         if self.check(found.clone())? {
@@ -151,10 +152,8 @@ impl Schema {
 
     fn apply(&self, tx: &mut Transaction<'_>, migration: &Migration) -> Result<()> {
         if migration.version == 1 {
-            let exists = tx
-                .query_opt("select from pg_catalog.pg_namespace where nspname = $1", &[&self.name])?
-                .is_some();
-            if !exists {
+            let sql = "select from pg_catalog.pg_namespace where nspname = $1";
+            if tx.query_typed(sql, &[(&self.name, Type::TEXT)])?.is_empty() {
                 tx.batch_execute(&format!("create schema {}", self.identifier()))?;
             }
         }
@@ -179,21 +178,16 @@ impl Schema {
 
     /// The version of the schema and the oldest crate that it serves, if it is installed.
     fn version(&self, client: &mut impl postgres::GenericClient) -> Result<Option<(i32, String)>> {
-        let installed = client
-            .query_opt(
-                "select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-                 where n.nspname = $1 and c.relname = 'migrations'",
-                &[&self.name],
-            )?
-            .is_some();
-        if !installed {
+        // Typed, so that no statement has a name: a pooler may have another session for the next message.
+        let installed =
+            "select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+                         where n.nspname = $1 and c.relname = 'migrations'";
+        if client.query_typed(installed, &[(&self.name, Type::TEXT)])?.is_empty() {
             return Ok(None);
         }
-        let row = client.query_opt(
-            &format!("select version, oldest_crate from {}.schema_version()", self.identifier()),
-            &[],
-        )?;
-        Ok(row.map(|row| (row.get(0), row.get(1))))
+        let version = format!("select version, oldest_crate from {}.schema_version()", self.identifier());
+        let rows = client.query_typed(&version, &[])?;
+        Ok(rows.first().map(|row| (row.get(0), row.get(1))))
     }
 
     /// Whether the schema is as new as this crate needs it; an error if it does not serve it.

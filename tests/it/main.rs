@@ -22,6 +22,7 @@ mod observe;
 mod operations;
 mod outage;
 mod plans;
+mod pooler;
 mod pop;
 mod proxy;
 mod push;

@@ -1,16 +1,17 @@
 //! The spans around calls.
 
 use std::fmt::Debug;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use pushpop_pg::{NewMessage, Outcome, Worker};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Subscriber};
+use tracing_subscriber::Registry;
+use tracing_subscriber::filter::{LevelFilter, dynamic_filter_fn};
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 use tracing_subscriber::registry::LookupSpan;
-use tracing_subscriber::{Registry, filter::LevelFilter};
 
 use crate::world::{SOON, World, pop, pop_many};
 
@@ -61,6 +62,16 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Notes {
             self.closed.lock().unwrap().push(format!("{} {}{fields}", span.metadata().level(), span.name()));
         }
     }
+}
+
+/// Has each span ask whether it is wanted, whenever it begins. Without it one that begins in one test for the first time,
+/// just when another begins to take notes, may be taken for unwanted from then on.
+pub(crate) fn ask_each_time() {
+    static ASKED: Once = Once::new();
+    ASKED.call_once(|| {
+        let nobody = Registry::default().with(dynamic_filter_fn(|_, _| false));
+        tracing::subscriber::set_global_default(nobody).unwrap();
+    });
 }
 
 impl Notes {

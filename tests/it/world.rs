@@ -9,6 +9,8 @@ use postgres::{Client, Config, NoTls};
 use pushpop_pg::{Builder, Lease, Queue, Stats, uuid::Uuid};
 use pushpop_server::Server;
 
+use crate::{pooler, spans};
+
 /// How long something may take that takes a moment on a machine that is not busy.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
@@ -68,6 +70,7 @@ impl World {
 
     pub(crate) fn on(url: &str) -> World {
         watch();
+        spans::ask_each_time();
         let schema = unique("it");
         let test = thread::current().name().unwrap_or_default().to_owned();
         OPEN.lock().unwrap().push((schema.clone(), test, Instant::now()));
@@ -80,7 +83,14 @@ impl World {
     }
 
     pub(crate) fn open(&self, builder: Builder) -> Queue {
-        builder.connect(&self.url).unwrap()
+        match pooler::url().filter(|_| self.url == url()) {
+            Some(url) => {
+                let url = format!("{url}?application_name={}", self.schema);
+                builder.pooler(true).poll_interval(SOON / 100).connect(&url)
+            }
+            None => builder.connect(&self.url),
+        }
+        .unwrap()
     }
 
     pub(crate) fn queue(&self) -> Queue {
