@@ -121,6 +121,14 @@ impl Error {
         self
     }
 
+    /// Adds which server could not be reached; what one has answered needs no such word.
+    pub(crate) fn at(mut self, server: &str) -> Self {
+        if self.0.kind == ErrorKind::Connection && self.0.sqlstate.is_none() {
+            self.0.message = format!("{server}: {}", self.0.message);
+        }
+        self
+    }
+
     /// Says that the call may have taken effect.
     pub(crate) fn indeterminate(mut self, yes: bool) -> Self {
         self.0.indeterminate |= yes;

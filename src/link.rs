@@ -72,6 +72,7 @@ impl Route {
     fn connect_to(self: &Arc<Self>, host: usize, patience: Duration) -> Result<Client> {
         let route = Arc::clone(self);
         within(Instant::now() + patience, "pushpop-connect", move || route.greet(host))
+            .map_err(|e| e.at(&address(&self.hosts[host])))
     }
 
     fn greet(&self, host: usize) -> Result<Client> {
@@ -80,6 +81,18 @@ impl Route {
             client.batch_execute(greeting)?;
         }
         Ok(client)
+    }
+}
+
+/// The host and port of a configuration that has one of each.
+fn address(config: &Config) -> String {
+    let port = config.get_ports().first().copied().unwrap_or(5432);
+    match (config.get_hosts().first(), config.get_hostaddrs().first()) {
+        (Some(Host::Tcp(name)), _) => format!("{name}:{port}"),
+        #[cfg(unix)]
+        (Some(Host::Unix(path)), _) => path.join(format!(".s.PGSQL.{port}")).display().to_string(),
+        (None, Some(address)) => format!("{address}:{port}"),
+        (None, None) => format!("port {port}"),
     }
 }
 

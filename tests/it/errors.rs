@@ -67,8 +67,8 @@ fn errors_say_what_failed_on_what_and_why() {
           because: ERROR: division by zero / postgres::Error("ERROR: division by zero")
         pop on topic "mail": the queue is closed
         Error { kind: Closed, message: "pop on topic \"mail\": the queue is closed", sqlstate: None, indeterminate: false }
-        connect: error connecting to server: Connection refused (os error 111)
-        Error { kind: Connection, message: "connect: error connecting to server: Connection refused (os error 111)", sqlstate: None, indeterminate: false }
+        connect: 127.0.0.1:1: error connecting to server: Connection refused (os error 111)
+        Error { kind: Connection, message: "connect: 127.0.0.1:1: error connecting to server: Connection refused (os error 111)", sqlstate: None, indeterminate: false }
           because: error connecting to server / postgres::Error("error connecting to server")
           because: Connection refused (os error 111) / Os { code: 111, kind: ConnectionRefused, message: "Connection refused" }
         connect: password authentication failed for user "postgres" (SQLSTATE 28P01)
