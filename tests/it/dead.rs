@@ -172,7 +172,7 @@ fn redriving_all_ends_while_messages_die_again() {
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
+                while !done.load(Ordering::Relaxed) || killed.load(Ordering::Relaxed) == 0 {
                     for lease in queue.pop_many("t", 10, Duration::from_millis(20)).unwrap() {
                         lease.fail("again").unwrap();
                         killed.fetch_add(1, Ordering::Relaxed);
@@ -183,7 +183,6 @@ fn redriving_all_ends_while_messages_die_again() {
         assert_eq!(queue.topic("t").redrive_all().unwrap(), n as u64);
         done.store(true, Ordering::Relaxed);
     });
-    assert!(killed.into_inner() > 0);
     audit(&world, &mut world.client());
 }
 

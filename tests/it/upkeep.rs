@@ -103,6 +103,10 @@ fn one_that_dies_in_the_middle_leaves_everything_to_the_next() {
         assert_eq!(upkeep(&world, &mut client), 0, "one at a time");
         client.execute("select pg_terminate_backend($1)", &[&pid]).unwrap();
         assert!(dies.join().unwrap());
+        // Its client knows of it before its locks are gone.
+        until("it is gone", || {
+            client.query_opt("select from pg_stat_activity where pid = $1", &[&pid]).unwrap().is_none()
+        });
     });
     tx.commit().unwrap();
     assert_eq!(left(&world, &mut client), before);
