@@ -182,7 +182,10 @@ fn is_transient(code: &str) -> bool {
 /// Codes of a server that cannot be used for now: one that starts or stops, is full, or only reads.
 fn is_unavailable(code: &str) -> bool {
     code.starts_with("08")
-        || matches!(code, "57P01" | "57P02" | "57P03" | "57P05" | "53100" | "53300" | "25006")
+        || matches!(
+            code,
+            "57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04" | "53100" | "53300" | "25006"
+        )
 }
 
 fn is_denied(code: &str) -> bool {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use postgres::config::{Host, SslMode};
+use postgres::error::Severity;
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::types::{IsNull, ToSql, Type};
 use postgres::{Client, Config, Row, Socket, Statement, Transaction};
@@ -381,11 +382,13 @@ impl Link {
     }
 }
 
-/// Once a call was sent, a connection that breaks leaves it open whether it took effect.
-fn unanswered(error: postgres::Error) -> Error {
+/// Once a call was sent, a connection that breaks leaves it open whether it took effect. An error that the server
+/// answers, and goes on, has undone it.
+pub(crate) fn unanswered(error: postgres::Error) -> Error {
+    let undone = error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error));
     let error = Error::from(error);
-    let unknown = matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout);
-    error.indeterminate(unknown)
+    let broke = matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout);
+    error.indeterminate(broke && !undone)
 }
 
 /// Closing a connection sends a farewell, and may wait for ever for an earlier reply: a thread of

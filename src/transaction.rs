@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use postgres::Transaction;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::queue::Queue;
 
 impl Queue {
@@ -74,10 +74,6 @@ fn run<R>(
     let value = work(&mut tx)?;
     // The driver's commit returns Ok for a transaction that a failed statement had aborted.
     tx.batch_execute("select")?;
-    tx.commit().map_err(|e| {
-        let e = Error::from(e);
-        let unknown = e.kind() == ErrorKind::Connection;
-        e.indeterminate(unknown)
-    })?;
+    tx.commit().map_err(crate::link::unanswered)?;
     Ok(value)
 }

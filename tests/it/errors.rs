@@ -235,6 +235,29 @@ fn no_payload_or_password_reaches_a_log() {
     assert_silent("a log", &logs);
 }
 
+/// As after a failover that left us with a standby: the answer says that nothing was done.
+#[test]
+fn a_server_that_only_reads_has_done_nothing() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let lease = pop(&queue, "t");
+    let mut config = world.config();
+    config.options("-c default_transaction_read_only=on");
+    let reader = world.builder().connect_with(config).unwrap();
+    let refused = [
+        reader.push("t", "m").map(drop).unwrap_err(),
+        reader.try_pop("t").map(drop).unwrap_err(),
+        reader.transaction(|tx| reader.push_in(tx, "t", "m")).map(drop).unwrap_err(),
+        reader.transaction(|tx| lease.complete_in(tx)).unwrap_err(),
+    ];
+    for error in refused {
+        assert_eq!((error.kind(), error.sqlstate()), (ErrorKind::Connection, Some("25006")), "{error:?}");
+        assert!(error.is_retryable() && !error.is_indeterminate(), "{error:?}");
+    }
+    lease.complete().unwrap();
+}
+
 struct Panics;
 
 impl Observer for Panics {
