@@ -15,6 +15,7 @@ mod journal;
 mod plain;
 mod plan;
 mod producer;
+mod soak;
 mod store;
 #[cfg(test)]
 mod synthetic;
@@ -28,7 +29,7 @@ use crate::args::Args;
 use crate::plan::Plan;
 
 /// Options of a campaign, and those with which it starts its children.
-const OPTIONS: [&str; 27] = [
+const OPTIONS: [&str; 29] = [
     "backend-kills",
     "batch",
     "broken",
@@ -41,11 +42,13 @@ const OPTIONS: [&str; 27] = [
     "log",
     "lost-answers",
     "messages",
+    "minutes",
     "name",
     "order-share",
     "plain-share",
     "plains",
     "poll",
+    "rate",
     "seed",
     "server-kills",
     "share",
@@ -77,7 +80,7 @@ fn run() -> Result<bool, BoxError> {
     let word = words.next().unwrap_or_default();
     if word.is_empty() || word == "--help" {
         println!("campaign NAME [--OPTION VALUE ..]");
-        println!("names: {}", Plan::names().collect::<Vec<_>>().join(", "));
+        println!("names: {}, soak, bloat", Plan::names().collect::<Vec<_>>().join(", "));
         println!("options: {}", OPTIONS.join(", "));
         println!("faults for --broken: {}", broken::ALL.map(|broken| broken.name).join(", "));
         return Ok(true);
@@ -92,6 +95,11 @@ fn run() -> Result<bool, BoxError> {
     let args = Args::read(words)?;
     if let Some(unknown) = args.names().find(|name| !OPTIONS.contains(name)) {
         return Err(format!("there is no option --{unknown}").into());
+    }
+    match name.as_str() {
+        "soak" => return soak::soak(&args),
+        "bloat" => return soak::bloat(&args),
+        _ => {}
     }
     let plan = Plan::read(&name, &args)?;
     match role {
