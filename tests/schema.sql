@@ -40,7 +40,7 @@ begin
   if begin_sweep.swept_at is null or begin_sweep.swept_at between moment - interval '1 minute' and moment then
     return false;
   end if;
-  update "pushpop".topics t set swept_at = moment
+  update "pushpop".topics t set swept_at = moment, low = '-infinity', looked_at = '-infinity'
   where t.topic = (select s.topic from "pushpop".topics s where s.topic = begin_sweep.topic for update skip locked);
   return true;
 end
@@ -538,6 +538,16 @@ begin
   if known.topic is null then
     return;
   end if;
+  -- Whoever reads the time holds the lock on the table, so no time that is read comes before sure_to, unless the
+  -- clock went back. No mark holds then.
+  if known.sure_to > moment then
+    known.low := '-infinity';
+    known.sure_to := '-infinity';
+    known.checking_at := '-infinity';
+    known.checking_for := '{}';
+    known.reclaimed_to := '-infinity';
+    known.deleted_to := '-infinity';
+  end if;
   running := array(
     select l.virtualtransaction from pg_locks l
     where l.locktype = 'relation' and l.relation = format('%I.messages', 'pushpop')::regclass
@@ -558,7 +568,8 @@ begin
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   update "pushpop".topics t
   set low = least(alive, known.sure_to), looked_at = moment,
-      sure_to = known.sure_to, checking_at = known.checking_at, checking_for = known.checking_for
+      sure_to = known.sure_to, checking_at = known.checking_at, checking_for = known.checking_for,
+      reclaimed_to = known.reclaimed_to, deleted_to = known.deleted_to
   where t.topic = note_look.topic;
 end
 $$;
@@ -849,7 +860,7 @@ begin
     perform "pushpop".check_push(delay, ready_at, headers, max_attempts), "pushpop".check_attempts(fallback);
   end if;
   pushed := coalesce(push.id, "pushpop".new_id());
-  select t.wanted_until, t.wanted_by, t.max_attempts into known from "pushpop".topics t where t.topic = push.topic;
+  select t.wanted_until, t.wanted_by, t.max_attempts, t.low into known from "pushpop".topics t where t.topic = push.topic;
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
   due := coalesce(push.ready_at, stamped + coalesce(push.delay, 0) * interval '1 second');
@@ -863,7 +874,8 @@ begin
   else
     insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
     values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);
-    if push.ready_at is not null and due <= stamped then
+    -- A time in the past, or the clock went back.
+    if push.ready_at is not null and due <= stamped or due < known.low then
       insert into "pushpop".behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
     end if;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
@@ -909,7 +921,7 @@ begin
     perform "pushpop".check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
   end if;
-  select t.wanted_until, t.wanted_by, t.max_attempts into known from "pushpop".topics t where t.topic = push_many.topic;
+  select t.wanted_until, t.wanted_by, t.max_attempts, t.low into known from "pushpop".topics t where t.topic = push_many.topic;
   most := coalesce(known.max_attempts, fallback);
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
@@ -945,6 +957,9 @@ begin
     insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
     select push_many.topic, stamped, stamped, p, least(25, wanted - p + 1), ids[p], ids[p : least(p + 24, wanted)]
     from generate_series(1, wanted, 25) p;
+    if stamped < known.low then  -- the clock went back
+      insert into "pushpop".behind (topic, ready_at, id) values (push_many.topic, stamped, ids[1]) on conflict do nothing;
+    end if;
   else
     with stored as (
       select u.id, u.place::integer,
@@ -963,7 +978,8 @@ begin
       from placed s group by s.ready_at, s.island, (s.place - 1) / 25
     )
     insert into "pushpop".behind (topic, ready_at, id)
-    select push_many.topic, s.ready_at, s.id from stored s where s.ready_at < stamped
+    select push_many.topic, s.ready_at, s.id from stored s
+    where s.ready_at < greatest(stamped, known.low)
     order by s.ready_at, s.id limit 1
     on conflict do nothing;
   end if;
@@ -1754,7 +1770,7 @@ CREATE FUNCTION pushpop.upkeep(topic text, max integer DEFAULT 1000) RETURNS big
     AS $$
 #variable_conflict use_column
 declare
-  moment timestamptz := clock_timestamp();
+  moment timestamptz;
   known  "pushpop".topics;
   due cursor for
     select h.ctid as tid, h.n, h.ids from "pushpop".history h
@@ -1772,19 +1788,19 @@ begin
   if max is null or max not between 1 and 100000 then
     perform "pushpop".refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
   end if;
+  lock table "pushpop".messages in row exclusive mode;
+  moment := clock_timestamp();
   -- Held until the end, so that there is one at a time, and the death of its session frees it.
   if ("pushpop".lock_topic(upkeep.topic)).topic is null then
     return 0;
   end if;
   returned := "pushpop".reclaim(upkeep.topic, moment, max);
+  -- Once a minute from the beginning: a settle, or a pop, may have committed late, and no mark may hide anything for good.
+  update "pushpop".topics t
+  set low = '-infinity', deleted_to = '-infinity', reclaimed_to = '-infinity', cleared_at = moment
+  where t.topic = upkeep.topic and t.cleared_at not between moment - interval '1 minute' and moment;
   perform "pushpop".note_look(upkeep.topic, moment);
   known := "pushpop".lock_topic(upkeep.topic);
-  -- Once a minute from the beginning: a settle, or a pop, may have committed late.
-  if known.cleared_at not between moment - interval '1 minute' and moment then
-    known.deleted_to := '-infinity';
-    known.reclaimed_to := '-infinity';
-    known.cleared_at := moment;
-  end if;
   open due;
   loop
     fetch due into batch;

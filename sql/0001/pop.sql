@@ -244,8 +244,8 @@ begin
 end
 $body$;
 
--- The marks hold as long as the server's clock does not run backwards. Once a minute a pop that
--- finds nothing ignores them: nothing is lost even if they were wrong.
+-- Once a minute a pop that finds nothing looks at everything, and the next one moves the mark anew: nothing is lost
+-- even if that was wrong.
 create function pushpop.begin_sweep(topic text, moment timestamptz, swept_at timestamptz) returns boolean
 language plpgsql
 as $body$
@@ -254,7 +254,7 @@ begin
   if begin_sweep.swept_at is null or begin_sweep.swept_at between moment - interval '1 minute' and moment then
     return false;
   end if;
-  update pushpop.topics t set swept_at = moment
+  update pushpop.topics t set swept_at = moment, low = '-infinity', looked_at = '-infinity'
   where t.topic = (select s.topic from pushpop.topics s where s.topic = begin_sweep.topic for update skip locked);
   return true;
 end
@@ -299,6 +299,17 @@ begin
     return;
   end if;
 
+  -- Whoever reads the time holds the lock on the table, so no time that is read comes before sure_to, unless the
+  -- clock went back. No mark holds then.
+  if known.sure_to > moment then
+    known.low := '-infinity';
+    known.sure_to := '-infinity';
+    known.checking_at := '-infinity';
+    known.checking_for := '{}';
+    known.reclaimed_to := '-infinity';
+    known.deleted_to := '-infinity';
+  end if;
+
   running := array(
     select l.virtualtransaction from pg_locks l
     where l.locktype = 'relation' and l.relation = format('%I.messages', 'pushpop')::regclass
@@ -322,7 +333,8 @@ begin
 
   update pushpop.topics t
   set low = least(alive, known.sure_to), looked_at = moment,
-      sure_to = known.sure_to, checking_at = known.checking_at, checking_for = known.checking_for
+      sure_to = known.sure_to, checking_at = known.checking_at, checking_for = known.checking_for,
+      reclaimed_to = known.reclaimed_to, deleted_to = known.deleted_to
   where t.topic = note_look.topic;
 end
 $body$;

@@ -147,7 +147,7 @@ begin
     perform pushpop.check_push(delay, ready_at, headers, max_attempts), pushpop.check_attempts(fallback);
   end if;
   pushed := coalesce(push.id, pushpop.new_id());
-  select t.wanted_until, t.wanted_by, t.max_attempts into known from pushpop.topics t where t.topic = push.topic;
+  select t.wanted_until, t.wanted_by, t.max_attempts, t.low into known from pushpop.topics t where t.topic = push.topic;
 
   lock table pushpop.messages in row exclusive mode;
   stamped := clock_timestamp();
@@ -163,7 +163,8 @@ begin
   else
     insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
     values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);
-    if push.ready_at is not null and due <= stamped then
+    -- A time in the past, or the clock went back.
+    if push.ready_at is not null and due <= stamped or due < known.low then
       insert into pushpop.behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
     end if;
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
@@ -243,7 +244,7 @@ begin
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
   end if;
 
-  select t.wanted_until, t.wanted_by, t.max_attempts into known from pushpop.topics t where t.topic = push_many.topic;
+  select t.wanted_until, t.wanted_by, t.max_attempts, t.low into known from pushpop.topics t where t.topic = push_many.topic;
   most := coalesce(known.max_attempts, fallback);
   lock table pushpop.messages in row exclusive mode;
   stamped := clock_timestamp();
@@ -281,6 +282,9 @@ begin
     insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
     select push_many.topic, stamped, stamped, p, least(25, wanted - p + 1), ids[p], ids[p : least(p + 24, wanted)]
     from generate_series(1, wanted, 25) p;
+    if stamped < known.low then  -- the clock went back
+      insert into pushpop.behind (topic, ready_at, id) values (push_many.topic, stamped, ids[1]) on conflict do nothing;
+    end if;
   else
     with stored as (
       select u.id, u.place::integer,
@@ -299,7 +303,8 @@ begin
       from placed s group by s.ready_at, s.island, (s.place - 1) / 25
     )
     insert into pushpop.behind (topic, ready_at, id)
-    select push_many.topic, s.ready_at, s.id from stored s where s.ready_at < stamped
+    select push_many.topic, s.ready_at, s.id from stored s
+    where s.ready_at < greatest(stamped, known.low)
     order by s.ready_at, s.id limit 1
     on conflict do nothing;
   end if;

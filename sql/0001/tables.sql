@@ -109,7 +109,7 @@ create table pushpop.topics (
 
   reclaimed_to timestamptz not null default '-infinity', -- leases that ended before it have been reclaimed
   deleted_to   timestamptz not null default '-infinity', -- history due before it has been deleted
-  cleared_at   timestamptz not null default '-infinity', -- when these two were last begun anew
+  cleared_at   timestamptz not null default '-infinity', -- when these two, and low, were last begun anew
 
   wanted_until timestamptz not null default '-infinity', -- somebody waits for a message
   wanted_by    uuid,                                     -- who, if it is one client only

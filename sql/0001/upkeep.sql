@@ -77,7 +77,7 @@ set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  moment timestamptz := clock_timestamp();
+  moment timestamptz;
   known  pushpop.topics;
   due cursor for
     select h.ctid as tid, h.n, h.ids from pushpop.history h
@@ -96,19 +96,19 @@ begin
     perform pushpop.refuse(format('upkeep deletes 1 to 100000 messages at a time, not %s', coalesce(max::text, 'null')));
   end if;
 
+  lock table pushpop.messages in row exclusive mode;
+  moment := clock_timestamp();
   -- Held until the end, so that there is one at a time, and the death of its session frees it.
   if (pushpop.lock_topic(upkeep.topic)).topic is null then
     return 0;
   end if;
   returned := pushpop.reclaim(upkeep.topic, moment, max);
+  -- Once a minute from the beginning: a settle, or a pop, may have committed late, and no mark may hide anything for good.
+  update pushpop.topics t
+  set low = '-infinity', deleted_to = '-infinity', reclaimed_to = '-infinity', cleared_at = moment
+  where t.topic = upkeep.topic and t.cleared_at not between moment - interval '1 minute' and moment;
   perform pushpop.note_look(upkeep.topic, moment);
   known := pushpop.lock_topic(upkeep.topic);
-  -- Once a minute from the beginning: a settle, or a pop, may have committed late.
-  if known.cleared_at not between moment - interval '1 minute' and moment then
-    known.deleted_to := '-infinity';
-    known.reclaimed_to := '-infinity';
-    known.cleared_at := moment;
-  end if;
 
   open due;
   loop

@@ -347,3 +347,73 @@ fn what_is_popped_in_a_transaction_that_outlasts_its_lease_comes_back_soon() {
         thread::sleep(SECOND / 5);
     }
 }
+
+/// Sets marks as they are after the server's clock went back by an hour.
+const CLOCK_WENT_BACK: &str = "
+    update pushpop.topics set low = clock_timestamp() + interval '1 hour', sure_to = clock_timestamp() + interval '1 hour',
+        checking_at = clock_timestamp() + interval '1 hour', looked_at = clock_timestamp() + interval '1 hour',
+        swept_at = clock_timestamp() + interval '1 hour', reclaimed_to = clock_timestamp() + interval '1 hour'";
+
+#[test]
+fn what_is_pushed_after_the_clock_went_back_is_popped_at_once() {
+    let world = World::new();
+    drop(world.queue());
+    let mut client = world.client();
+    client.batch_execute(&world.sql("select pushpop.push('t', 'm'); select from pushpop.pop('t')")).unwrap();
+    client.batch_execute(&world.sql(CLOCK_WENT_BACK)).unwrap();
+    let push = world.sql("select pushpop.push('t', 'm')");
+    let push_many = world.sql(
+        "select pushpop.push_many('t', array(select gen_random_uuid() from generate_series(1, 3)), array_fill('m'::bytea, '{3}'))",
+    );
+    let pop = world.sql("select from pushpop.pop('t', lease => 1)");
+    for _ in 0..5 {
+        client.batch_execute(&push).unwrap();
+        client.batch_execute(&push_many).unwrap();
+    }
+    // Once a minute a pop looks at everything: that would be too seldom.
+    for n in 0..20 {
+        assert!(client.query_opt(&pop, &[]).unwrap().is_some(), "{n} of 20 are found");
+    }
+    assert!(client.query_opt(&pop, &[]).unwrap().is_none());
+    until("the leases have ended", || client.query_opt(&pop, &[]).unwrap().is_some());
+}
+
+/// Nobody was there while the clock caught up with the marks: what was pushed meanwhile notes itself.
+#[test]
+fn what_was_pushed_before_the_clock_caught_up_is_not_hidden_by_what_came_after() {
+    let world = World::new();
+    drop(world.queue());
+    let mut client = world.client();
+    client.batch_execute(&world.sql("select pushpop.push('t', 'm'); select from pushpop.pop('t')")).unwrap();
+    client.batch_execute(&world.sql(CLOCK_WENT_BACK)).unwrap();
+    client.batch_execute(&world.sql("select pushpop.push('t', 'early')")).unwrap();
+    let caught_up = "update pushpop.topics set low = clock_timestamp(), sure_to = clock_timestamp(),
+        checking_at = clock_timestamp(), looked_at = clock_timestamp(), swept_at = clock_timestamp()";
+    client.batch_execute(&world.sql(caught_up)).unwrap();
+    let pop = world.sql("select convert_from(payload, 'UTF8') from pushpop.pop('t')");
+    let push = world.sql("select pushpop.push('t', 'late')");
+    until("it is found", || {
+        client.batch_execute(&push).unwrap();
+        client.query_one(&pop, &[]).unwrap().get::<_, String>(0) == "early"
+    });
+}
+
+/// However it came about: what a mark hides in a topic that never runs dry is found by upkeep.
+#[test]
+fn upkeep_finds_what_a_mark_hides() {
+    let world = World::new();
+    drop(world.queue());
+    let mut client = world.client();
+    client
+        .batch_execute(&world.sql("select pushpop.push('t', 'hidden'); select pushpop.upkeep('t')"))
+        .unwrap();
+    let hide = "update pushpop.topics set low = clock_timestamp(), cleared_at = clock_timestamp() - interval '2 minutes'";
+    client.batch_execute(&world.sql(hide)).unwrap();
+    let late = world.sql("select pushpop.push('t', 'late') from generate_series(1, 9)");
+    client.batch_execute(&late).unwrap();
+    let pop = world.sql("select convert_from(payload, 'UTF8') from pushpop.pop('t')");
+    let mut popped = || client.query_one(&pop, &[]).unwrap().get::<_, String>(0);
+    assert_eq!(popped(), "late");
+    world.client().batch_execute(&world.sql("select pushpop.upkeep('t')")).unwrap();
+    assert_eq!(popped(), "hidden");
+}
