@@ -50,6 +50,8 @@ set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
+  -- Whoever holds something already waits for nobody: two pops of the same topics would wait for each other.
+  free   boolean := pg_current_xact_id_if_assigned() is null;
   moment timestamptz;
   until  timestamptz;
   known  record;
@@ -92,7 +94,7 @@ begin
       start := '-infinity';
       taken := pushpop.take_runs(pop.topic, start, moment, max);
     end if;
-    if taken.ids is null then
+    if taken.ids is null and free then
       taken := pushpop.wait_for_runs(pop.topic, start, moment, max);
     end if;
     if taken.ids is null then

@@ -417,3 +417,26 @@ fn upkeep_finds_what_a_mark_hides() {
     world.client().batch_execute(&world.sql("select pushpop.upkeep('t')")).unwrap();
     assert_eq!(popped(), "hidden");
 }
+
+/// Each holds what it has popped from one topic, and finds the front of the other in the hands of the other.
+#[test]
+fn pops_of_the_same_topics_do_not_wait_for_each_other() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push_many("t", ["a", "b"]).unwrap();
+    queue.push_many("u", ["a", "b"]).unwrap();
+    let (mut one, mut other) = (world.client(), world.client());
+    let (mut one, mut other) = (one.transaction().unwrap(), other.transaction().unwrap());
+    let try_pop = world.sql("select from pushpop.pop($1)");
+    assert!(one.query_opt(&try_pop, &[&"t"]).unwrap().is_some());
+    assert!(other.query_opt(&try_pop, &[&"u"]).unwrap().is_some());
+    let begun = Instant::now();
+    assert!(one.query_opt(&try_pop, &[&"u"]).unwrap().is_none());
+    assert!(other.query_opt(&try_pop, &[&"t"]).unwrap().is_none());
+    assert!(begun.elapsed() < SECOND * 3 / 2, "{:?}", begun.elapsed());
+    one.commit().unwrap();
+    other.commit().unwrap();
+    for topic in ["t", "u"] {
+        assert_eq!(text(pop(&queue, topic).payload()), "b");
+    }
+}
