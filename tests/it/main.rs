@@ -24,7 +24,6 @@ mod outage;
 mod plans;
 mod pooler;
 mod pop;
-mod proxy;
 mod push;
 #[cfg(feature = "metrics")]
 mod recorder;

@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 
 use pushpop_pg::uuid::Uuid;
 use pushpop_pg::{Error, ErrorKind, NewMessage, Queue};
-use pushpop_server::Server;
+use pushpop_server::{Network, Proxy, Server};
 
-use crate::proxy::{Network, Proxy};
 use crate::world::{SOON, World, drain, pop, stats, text, until};
 
 /// What the issue allows beyond a call's time-out, and what a busy machine may add to it.
@@ -63,7 +62,7 @@ fn all_calls(queue: &Queue) -> Vec<(&'static str, Call<'_>)> {
 /// Breaks the network, makes every call at once, and mends it.
 fn every_call_ends_in_time(network: Network) {
     let server = Server::shared();
-    let proxy = Proxy::before(server);
+    let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
     let queue = open(&world, &proxy);
     queue.push_many("leases", vec!["m"; 8]).unwrap();
@@ -120,7 +119,7 @@ fn every_call_ends_in_time_when_connections_are_reset() {
 #[test]
 fn an_error_says_whether_the_call_may_have_taken_effect() {
     let server = Server::shared();
-    let proxy = Proxy::before(server);
+    let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
     let queue = open(&world, &proxy);
     // Each with a connection that is open: one that has to be made first would not get as far as the call.
@@ -151,7 +150,7 @@ fn an_error_says_whether_the_call_may_have_taken_effect() {
 #[test]
 fn connecting_ends_in_time() {
     let server = Server::shared();
-    let proxy = Proxy::before(server);
+    let proxy = Proxy::before(server).unwrap();
     for network in [Network::Silent, Network::OneWay, Network::Reset, Network::CutAfter(30)] {
         let world = World::on(&server.url());
         proxy.set(network);
@@ -167,7 +166,7 @@ fn connecting_ends_in_time() {
 #[test]
 fn dropping_a_queue_does_not_wait_for_a_silent_network() {
     let server = Server::shared();
-    let proxy = Proxy::before(server);
+    let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
     for network in [Network::Silent, Network::OneWay] {
         let queue = world.builder().connect(&proxy.url()).unwrap();
@@ -186,7 +185,7 @@ fn dropping_a_queue_does_not_wait_for_a_silent_network() {
 #[test]
 fn waiting_pops_ride_through_cuts() {
     let server = Server::shared();
-    let proxy = Proxy::before(server);
+    let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
     let queue = open(&world, &proxy);
     let other = world.queue();
@@ -219,7 +218,7 @@ fn waiting_pops_ride_through_cuts() {
 fn a_reply_that_is_cut_leaves_exactly_one() {
     let cuts: usize = std::env::var("PUSHPOP_CUTS").map_or(90, |n| n.parse().unwrap());
     let server = Server::shared();
-    let proxy = Proxy::before(server);
+    let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
     let queue = world.builder().pool_size(1).connect(&proxy.url()).unwrap();
     let short = queue.with_lease(Duration::from_secs(1));

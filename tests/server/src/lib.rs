@@ -17,6 +17,8 @@
 mod error;
 mod process;
 mod program;
+mod proxy;
+mod setup;
 
 use std::collections::hash_map::RandomState;
 use std::env;
@@ -31,6 +33,8 @@ use std::time::Duration;
 
 pub use error::Error;
 use program::Account;
+pub use proxy::{Network, Proxy};
+pub use setup::Setup;
 
 const HOST: &str = "127.0.0.1";
 
@@ -59,7 +63,7 @@ pub fn database_url(variable: &str) -> Result<(String, Option<Server>), Error> {
 pub struct Server {
     bin_dir: PathBuf,
     account: Account,
-    settings: Vec<String>,
+    setup: Setup,
     dir: PathBuf,
     port: u16,
     watchdog: Child,
@@ -76,21 +80,7 @@ impl Server {
     ///
     /// Those of its address, port and socket directory cannot be changed.
     pub fn with(settings: &[(&str, &str)]) -> Result<Server, Error> {
-        let bin_dir = program::bin_dir()?;
-        let account = Account::find()?;
-        let (watchdog, dir) = start_watchdog(account)?;
-        let mut server = Server {
-            bin_dir,
-            account,
-            settings: settings.iter().map(|(n, v)| format!("{n}={v}")).collect(),
-            dir,
-            port: 0,
-            watchdog,
-            postmaster: None,
-        };
-        server.make_cluster()?;
-        server.launch_on(free_port)?;
-        Ok(server)
+        settings.iter().fold(Setup::new(), |setup, (name, value)| setup.setting(name, value)).start()
     }
 
     /// Returns the one server that all tests of this process share, which the first call starts.
@@ -207,7 +197,7 @@ impl Server {
     }
 
     fn make_cluster(&mut self) -> Result<(), Error> {
-        let mut initdb = self.spawn(
+        self.run(
             "initdb",
             &[
                 "--pgdata=data",
@@ -217,11 +207,26 @@ impl Server {
                 "--locale=C",
                 "--no-sync",
             ],
-        )?;
-        let status = initdb.wait().map_err(Error::doing("waiting for initdb"))?;
+        )
+    }
+
+    /// Copies the cluster of a running server, whose standby this one will be. Under another name than the standby's,
+    /// which the server might wait for.
+    fn copy_cluster(&mut self, from: &str) -> Result<(), Error> {
+        let from = format!("{from} application_name=copy");
+        self.run(
+            "pg_basebackup",
+            &["--pgdata=data", "--dbname", &from, "--write-recovery-conf", "--checkpoint=fast", "--no-sync"],
+        )
+    }
+
+    /// Runs one of the server's programs to its end.
+    fn run(&mut self, program: &str, args: &[&str]) -> Result<(), Error> {
+        let mut child = self.spawn(program, args)?;
+        let status = child.wait().map_err(Error::doing(format!("waiting for {program}")))?;
         self.watch(&[])?;
         if !status.success() {
-            return Err(self.failed("initdb failed"));
+            return Err(self.failed(&format!("{program} failed")));
         }
         Ok(())
     }
@@ -243,7 +248,7 @@ impl Server {
     fn launch(&mut self) -> Result<(), Error> {
         // The shared memory that lies in the data directory goes with it, even after a kill.
         let mut settings = vec!["dynamic_shared_memory_type=mmap".to_owned()];
-        settings.extend_from_slice(&self.settings);
+        settings.extend_from_slice(&self.setup.settings);
         settings.push(format!("listen_addresses={HOST}"));
         settings.push(format!("port={}", self.port));
         settings.push(format!("unix_socket_directories={}", self.dir.display()));
@@ -292,6 +297,7 @@ impl Server {
         let mut child = self
             .account
             .shell(GATE)
+            .envs(self.setup.variables.iter().map(|(name, value)| (name, value)))
             .arg(self.bin_dir.join(program))
             .args(args)
             .current_dir(&self.dir)

@@ -13,7 +13,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pushpop_server::{Server, database_url};
+use pushpop_server::{Network, Proxy, Server, Setup, database_url};
 
 const NOBODY: u32 = 65_534;
 
@@ -45,6 +45,55 @@ fn leaves_nothing_when_dropped() {
     drop(server);
     assert!(!dir.exists());
     assert_eq!(living(&pids), []);
+}
+
+#[test]
+fn a_standby_follows_and_takes_over() {
+    let primary = Server::start().unwrap();
+    let from = |server: &Server| format!("host={} port={} user=postgres", server.host(), server.port());
+    let standby = Setup::new().standby_of(&from(&primary)).start().unwrap();
+    query(&primary, "create table kept (x int)");
+    let follows = "select count(*) from pg_class where relname = 'kept'";
+    eventually(|| query(&standby, follows) == "1");
+    assert_eq!(query(&standby, "select pg_is_in_recovery()"), "t");
+    let port = primary.port();
+    drop(primary);
+    assert_eq!(query(&standby, "select pg_promote()"), "t");
+    query(&standby, "insert into kept values (7)");
+    let next = Setup::new().port(port).standby_of(&from(&standby)).start().unwrap();
+    assert_eq!((next.port(), query(&next, "select x from kept").as_str()), (port, "7"));
+}
+
+#[test]
+fn what_a_network_has_lost_a_connection_stays_silent_about() {
+    const ASKS_FOR_ENCRYPTION: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
+    let server = Server::start().unwrap();
+    let proxy = Proxy::before(&server).unwrap();
+    let connect = || {
+        let stream = TcpStream::connect((server.host(), proxy.port())).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+    };
+    let answer = |stream: &mut TcpStream| {
+        stream.write_all(&ASKS_FOR_ENCRYPTION).unwrap();
+        let mut answer = [0];
+        stream.read(&mut answer).map(|read| answer[..read].to_vec())
+    };
+    assert_eq!(answer(&mut connect()).unwrap(), b"N");
+    let mut deaf = connect();
+    proxy.set(Network::RequestsLost);
+    thread::sleep(Duration::from_millis(100));
+    let mended = thread::scope(|scope| {
+        let asking = scope.spawn(|| answer(&mut deaf));
+        thread::sleep(Duration::from_millis(300));
+        proxy.set(Network::Works);
+        let mended = Instant::now();
+        // It is closed in the end, and has never heard anything.
+        assert!(!asking.join().unwrap().is_ok_and(|answer| !answer.is_empty()));
+        mended
+    });
+    assert!(mended.elapsed() > Duration::from_secs(2), "{:?}", mended.elapsed());
+    assert_eq!(answer(&mut connect()).unwrap(), b"N");
 }
 
 #[test]
