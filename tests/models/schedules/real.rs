@@ -1,0 +1,14 @@
+//! The sources as they are.
+
+sources!("real");
+
+#[path = "builder.rs"]
+mod builder;
+#[path = "link.rs"]
+mod link;
+#[path = "scenarios.rs"]
+pub(crate) mod scenarios;
+#[path = "schema.rs"]
+mod schema;
+
+pub(crate) use lease::Lease;

@@ -1,0 +1,466 @@
+//! What callers do at the same time, and what must be true whatever the schedule. Each is run in a world of its own.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use shuttle::thread::JoinHandle;
+
+use crate::world::clock::Instant;
+use crate::world::server::{Course, Fate, Found, POISON, Server};
+use crate::world::sync::Arc;
+use crate::world::thread;
+use crate::world::time::Duration;
+use crate::world::uuid::Uuid;
+use crate::world::{one_of, random};
+
+use super::builder;
+use super::calls::{Settle, Verb, Verdict};
+use super::engine::{Settings, wait};
+use super::error::{ErrorKind, Result};
+use super::lane::{SettleJob, TurnJob};
+use super::lease::Lease;
+use super::message::NewMessage;
+use super::observer::{Abandoned, Flight, Observer};
+use super::queue::Queue;
+use super::slot::{Slot, Waited};
+
+const LONG: Duration = Duration::from_secs(100);
+
+const fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// How often what the scenarios are for came about, on this thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) flights: usize,
+    /// With more than one caller.
+    pub(crate) shared: usize,
+    pub(crate) failed: usize,
+    /// Calls whose time was over.
+    pub(crate) late: usize,
+    /// Messages that came for nobody.
+    pub(crate) given_back: usize,
+}
+
+thread_local! {
+    pub(crate) static SEEN: Cell<Seen> = Cell::default();
+}
+
+fn see(note: impl FnOnce(&mut Seen)) {
+    let mut seen = SEEN.get();
+    note(&mut seen);
+    SEEN.set(seen);
+}
+
+struct Witness;
+
+impl Observer for Witness {
+    fn flight(&self, event: &Flight<'_>) {
+        see(|seen| {
+            seen.flights += 1;
+            seen.shared += usize::from(event.callers() > 1);
+            seen.failed += usize::from(!event.succeeded());
+        });
+    }
+
+    fn abandoned(&self, event: &Abandoned<'_>) {
+        see(|seen| seen.given_back += event.count());
+    }
+}
+
+/// What the callers know.
+#[derive(Default)]
+struct Book {
+    /// Acknowledged.
+    pushed: BTreeSet<Uuid>,
+    /// Popped, and not settled yet.
+    held: BTreeSet<Uuid>,
+    completed: BTreeSet<Uuid>,
+    /// Their settles may have happened.
+    doubtful: BTreeSet<Uuid>,
+}
+
+/// Some queues on one server, and what their callers know.
+#[derive(Clone)]
+struct Market {
+    server: Arc<Server>,
+    queue: Queue,
+    book: Arc<std::sync::Mutex<Book>>,
+}
+
+/// A pool of one or two, and nobody looks again unless it is told to.
+fn settings() -> Settings {
+    Settings {
+        pool_size: one_of(&[1, 2]),
+        operation_timeout: Duration::from_secs(30),
+        poll_interval: Duration::from_secs(3_600),
+        lease: Duration::from_secs(3_600),
+        keep_settled: Duration::from_secs(3_600),
+        max_attempts: 25,
+        max_payload: 1_000,
+        listens: false,
+    }
+}
+
+impl Market {
+    fn open(server: &Arc<Server>, settings: Settings) -> Self {
+        let queue = open(server, settings);
+        Market { server: Arc::clone(server), queue, book: Arc::default() }
+    }
+
+    fn book(&self) -> std::sync::MutexGuard<'_, Book> {
+        self.book.lock().unwrap()
+    }
+
+    fn caller(&self, work: impl FnOnce(&Market) + Send + 'static) -> JoinHandle<()> {
+        let market = self.clone();
+        shuttle::thread::spawn(move || work(&market))
+    }
+
+    fn push(&self, topic: &str, message: &NewMessage) -> Result<bool> {
+        let pushed = self.queue.push_once(topic, message.clone());
+        if pushed.is_ok() {
+            self.book().pushed.insert(message.id());
+        }
+        pushed
+    }
+
+    fn got(&self, leases: Vec<Lease>) -> Vec<Lease> {
+        let mut book = self.book();
+        for lease in &leases {
+            let id = lease.id();
+            assert!(!book.completed.contains(&id), "{id} was completed, and comes again");
+            assert!(book.held.insert(id), "{id} is somebody else's");
+        }
+        leases
+    }
+
+    /// Afterwards it is not the caller's any more, whatever the answer.
+    fn settle(&self, lease: &Lease, verb: Verb) -> Result<Vec<Verdict>> {
+        self.settles(lease, &verb, || {
+            self.queue.handle.settle(lease.topic(), vec![lease.proof(verb.clone())])
+        })
+    }
+
+    fn settles(
+        &self,
+        lease: &Lease,
+        verb: &Verb,
+        send: impl FnOnce() -> Result<Vec<Verdict>>,
+    ) -> Result<Vec<Verdict>> {
+        let id = lease.id();
+        self.book().held.remove(&id);
+        self.book().doubtful.insert(id);
+        let verdicts = send();
+        if let Ok(verdicts) = &verdicts {
+            let mut book = self.book();
+            assert_eq!(verdicts[..], [Verdict::Settled], "{id} was held");
+            book.doubtful.remove(&id);
+            if matches!(verb, Verb::Complete) {
+                book.completed.insert(id);
+            }
+        }
+        verdicts
+    }
+
+    /// Completes until that is answered.
+    fn complete(&self, lease: &Lease) {
+        until(|| self.settle(lease, Verb::Complete));
+    }
+
+    /// To the end of all calls and of all threads: what the callers know is what the server has.
+    fn close_up(self, callers: Vec<JoinHandle<()>>) {
+        for caller in callers {
+            assert!(caller.join().is_ok());
+        }
+        let Market { server, queue, book } = self;
+        drop(queue);
+        thread::join_all();
+        let book = book.lock().unwrap();
+        let stored: BTreeMap<Uuid, Found> = server.all().into_iter().collect();
+        for id in &book.pushed {
+            assert!(stored.contains_key(id), "{id} was pushed, and is lost");
+        }
+        for (id, found) in stored {
+            match found {
+                Found::Ready => {
+                    assert!(!book.held.contains(&id) && !book.completed.contains(&id), "{id} is there again");
+                }
+                Found::Leased => {
+                    assert!(
+                        book.held.contains(&id) || book.doubtful.contains(&id),
+                        "{id} is leased, to nobody"
+                    );
+                }
+                Found::Completed => {
+                    assert!(book.completed.contains(&id) || book.doubtful.contains(&id), "{id} is gone");
+                }
+            }
+        }
+    }
+}
+
+fn open(server: &Arc<Server>, settings: Settings) -> Queue {
+    builder::open(server, settings, Arc::new(Witness)).unwrap()
+}
+
+/// Tries until it succeeds.
+fn until<T>(mut call: impl FnMut() -> Result<T>) -> T {
+    for _ in 0..20 {
+        if let Ok(value) = call() {
+            return value;
+        }
+    }
+    panic!("it never succeeds");
+}
+
+/// Whether there is still one to come.
+fn count_down(left: &AtomicUsize) -> bool {
+    left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+}
+
+fn even() -> bool {
+    random(2) == 0
+}
+
+/// A time on the way: none, less or more than a flight is alone.
+fn on_the_way() -> Duration {
+    one_of(&[ms(0), ms(0), ms(1), ms(25)])
+}
+
+/// All went on at once, but for the time on the way: nobody waited for a clock.
+fn soon(limit: Duration) {
+    let now = Instant::now().since_the_beginning();
+    assert!(now < limit, "it took {now:?}");
+}
+
+/// Producer and number, so that the order can be told.
+fn payload(producer: usize, number: usize) -> Vec<u8> {
+    vec![u8::try_from(producer).unwrap(), u8::try_from(number).unwrap()]
+}
+
+/// Pops a number of messages, one way or the other, and settles them. Some are given back first, unless all is to come
+/// in order.
+fn consume(market: &Market, topic: &str, quota: usize, in_order: bool) {
+    let style = random(4);
+    // Pops with other leases take other flights.
+    let queue =
+        if random(4) == 0 { market.queue.with_lease(Duration::from_secs(60)) } else { market.queue.clone() };
+    let (mut got, mut last) = (0, BTreeMap::new());
+    let mut next: Option<Arc<Slot<_>>> = None;
+    while got < quota {
+        let leases = match (next.take(), style) {
+            (Some(slot), _) => match slot.wait(None) {
+                Waited::Done(grants) => grants.map(|grants| market.queue.leases(grants)),
+                Waited::Unsent(_) | Waited::Unknown => panic!("there is no deadline"),
+            },
+            (None, 0) => queue.pop_many(topic, quota - got, LONG),
+            (None, 1) => queue.pop_timeout(topic, LONG).map(|lease| lease.into_iter().collect()),
+            (None, _) => queue.pop(topic).map(|lease| vec![lease]),
+        };
+        let Ok(leases) = leases else { continue };
+        assert!(!leases.is_empty(), "a pop came back with nothing");
+        for lease in market.got(leases) {
+            got += 1;
+            if let [producer, number] = *lease.payload() {
+                let before = last.insert(producer, number);
+                assert!(!in_order || before < Some(number), "{number} of {producer} after {before:?}");
+            }
+            if !in_order && random(4) == 0 {
+                until(|| market.settle(&lease, Verb::Release));
+                got -= 1;
+            } else if style == 3 && got < quota {
+                next = Some(turn(market, &lease));
+            } else {
+                market.complete(&lease);
+            }
+        }
+    }
+}
+
+/// Completes, and asks for the next message in the same flight, as a worker does.
+fn turn(market: &Market, lease: &Lease) -> Arc<Slot<Vec<super::calls::Grant>>> {
+    let (settled, asked) = (Arc::new(Slot::new()), Arc::new(Slot::new()));
+    let settles = vec![lease.proof(Verb::Complete)];
+    let job = TurnJob {
+        settle: SettleJob { settles, unwanted: false, slot: Arc::clone(&settled) },
+        pop: market.queue.pop_job(1, true, &asked),
+    };
+    let until = market.queue.handle.deadline();
+    let sent = market.queue.engine().turn(lease.topic(), job);
+    let answer = market.settles(lease, &Verb::Complete, || sent.and_then(|()| wait(&settled, Some(until))));
+    if answer.is_err() {
+        market.complete(lease);
+    }
+    asked
+}
+
+/// Pushes some messages, each again until that is answered.
+fn produce(market: &Market, topic: &str, producer: usize, count: usize) {
+    let messages = (0..count).map(|number| NewMessage::new(payload(producer, number)));
+    for message in messages {
+        until(|| market.push(topic, &message));
+    }
+}
+
+/// Producers and consumers, and whoever else wants a connection: all are served at once, each with what is its own.
+pub(crate) fn all_are_served() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, settings());
+    let topics: &[&str] = one_of(&[&["a"][..], &["a", "b"]]);
+    let (mut callers, in_order) = (Vec::new(), even());
+    for n in 0..2 {
+        let topic = topics[n % topics.len()];
+        callers.push(market.caller(move |market| consume(market, topic, 2, in_order)));
+        callers.push(market.caller(move |market| {
+            let (first, second) = (NewMessage::new(payload(n, 0)), NewMessage::new(payload(n, 1)));
+            assert!(market.push(topic, &first).unwrap(), "it is new");
+            if even() {
+                assert!(!market.push(topic, &first).unwrap(), "it is stored already");
+            }
+            assert!(market.push(topic, &second).unwrap(), "it is new");
+        }));
+    }
+    callers.push(market.caller(|market| match random(5) {
+        0 => {
+            let borrowed = market.queue.engine().borrow_link(Instant::now() + LONG);
+            thread::sleep(on_the_way());
+            drop(borrowed.unwrap_or_else(|e| panic!("{e}")));
+        }
+        1 => {
+            let proof = Settle { id: Uuid::now_v7(), token: vec![1; 8], verb: Verb::Complete };
+            assert_eq!(market.queue.handle.settle("a", vec![proof]).unwrap(), [Verdict::Gone]);
+        }
+        2 => assert_eq!(market.queue.topic("c").purge().unwrap(), 0),
+        3 => assert!(market.queue.try_pop("c").unwrap().is_none()),
+        // So many that they share no flight.
+        _ => {
+            let messages: Vec<NewMessage> = (0..100).map(|_| NewMessage::new("x")).collect();
+            assert_eq!(market.queue.push_many("c", messages).unwrap().len(), 100);
+            assert_eq!(market.got(market.queue.pop_many("c", 100, LONG).unwrap()).len(), 100);
+        }
+    }));
+    market.close_up(callers);
+    soon(Duration::from_secs(2));
+}
+
+/// The first statements fail. Whoever was aboard is told, or goes on waiting, and then all are served.
+fn all_go_on(fates: &'static [Fate]) {
+    let failures = AtomicUsize::new(usize::try_from(random(3)).unwrap());
+    let fate = one_of(fates);
+    let server = Server::new(true, move |name| {
+        let pops = matches!(name, "pop" | "pop_topics" | "turn" | "wait_for");
+        // What was popped and not answered comes back when its lease ends, which is not tried here.
+        let may_fail = !(pops && fate == Fate::Lost);
+        let fate = if may_fail && count_down(&failures) { fate } else { Fate::Done };
+        Course { there: on_the_way(), fate, back: on_the_way() }
+    });
+    let market = Market::open(&server, settings());
+    let mut callers = Vec::new();
+    for n in 0..2 {
+        callers.push(market.caller(|market| consume(market, "a", 2, true)));
+        callers.push(market.caller(move |market| produce(market, "a", n, 2)));
+    }
+    callers.push(market.caller(|market| {
+        let poisoned = market.queue.push("a", NewMessage::new(POISON));
+        assert!(poisoned.is_err(), "an answer that is not its own");
+    }));
+    market.close_up(callers);
+    soon(Duration::from_secs(5));
+}
+
+pub(crate) fn a_flight_that_fails() {
+    all_go_on(&[Fate::Refused("57P01"), Fate::Refused("40001"), Fate::Refused("42501"), Fate::Lost]);
+}
+
+pub(crate) fn a_flight_that_panics() {
+    all_go_on(&[Fate::Panics]);
+}
+
+/// The queue is closed while calls wait and fly. All of them end, and nothing is left on its way.
+pub(crate) fn closing() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, settings());
+    let mut callers = Vec::new();
+    for n in 0..2 {
+        callers.push(market.caller(move |market| {
+            let popped = match random(3) {
+                0 => market.queue.pop("a").map(|lease| vec![lease]),
+                1 => market.queue.pop_many("a", 2, LONG),
+                _ => market.queue.pop_any(&["a", "b"], LONG).map(|lease| lease.into_iter().collect()),
+            };
+            match popped {
+                Err(e) => assert_eq!(e.kind(), ErrorKind::Closed),
+                Ok(leases) => {
+                    let lease = market.got(leases).remove(0);
+                    if even() {
+                        return;
+                    }
+                    let next = turn(market, &lease);
+                    match next.wait(None) {
+                        Waited::Done(Ok(grants)) => drop(market.got(market.queue.leases(grants))),
+                        Waited::Done(Err(e)) => assert_eq!(e.kind(), ErrorKind::Closed),
+                        Waited::Unsent(_) | Waited::Unknown => panic!("there is no deadline"),
+                    }
+                }
+            }
+        }));
+        callers.push(market.caller(move |market| {
+            for number in 0..2 {
+                match market.push("a", &NewMessage::new(payload(n, number))) {
+                    Ok(new) => assert!(new),
+                    Err(e) => assert_eq!(e.kind(), ErrorKind::Closed),
+                }
+            }
+        }));
+    }
+    let closing = market.caller(|market| {
+        thread::sleep(one_of(&[ms(0), ms(1), ms(26)]));
+        let begun = Instant::now();
+        market.queue.close();
+        assert!(begun.elapsed() < Duration::from_secs(1), "closing waits for nothing");
+    });
+    assert!(closing.join().is_ok());
+    let leased: Vec<Uuid> =
+        server.all().into_iter().filter(|(_, found)| *found == Found::Leased).map(|(id, _)| id).collect();
+    let book = Arc::clone(&market.book);
+    market.close_up(callers);
+    let book = book.lock().unwrap();
+    for id in leased {
+        let known = book.held.contains(&id) || book.completed.contains(&id) || book.doubtful.contains(&id);
+        assert!(known, "{id} was on its way to nobody when closing had ended");
+    }
+    soon(Duration::from_secs(2));
+}
+
+/// Two processes: what one pushes is found by the other's pops, by notifications; without them, by polling.
+pub(crate) fn two_processes() {
+    let notifies = random(4) > 0;
+    let poll_interval = Duration::from_secs(if notifies { 3_600 } else { 2 });
+    let server = Server::new(notifies, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, Settings { poll_interval, listens: true, ..settings() });
+    let other = open(&server, Settings { listens: true, ..settings() });
+    let mut callers = Vec::new();
+    for _ in 0..2 {
+        callers.push(market.caller(|market| {
+            let popped = if even() {
+                market.queue.pop("a").unwrap()
+            } else {
+                market.queue.pop_any(&["a", "b"], LONG).unwrap().unwrap()
+            };
+            market.complete(&market.got(vec![popped])[0]);
+        }));
+    }
+    let there = Market { queue: other, ..market.clone() };
+    callers.push(there.caller(|there| {
+        for _ in 0..2 {
+            thread::sleep(one_of(&[ms(0), ms(1), ms(60)]));
+            assert!(there.push("a", &NewMessage::new("x")).unwrap());
+        }
+    }));
+    drop(there);
+    market.close_up(callers);
+    soon(Duration::from_secs(if notifies { 2 } else { 6 }));
+}

@@ -1,0 +1,87 @@
+//! Sources that are broken on purpose. Each is a piece of text that is found once in its file, and what stands in its
+//! place when the variant is switched on.
+
+/// The files that the schedules run, without their ending.
+pub(crate) const FILES: [&str; 19] = [
+    "calls", "crew", "engine", "error", "flight", "keeper", "lane", "lease", "limits", "listener", "message",
+    "observer", "queue", "slot", "span", "stopping", "task", "topic", "upkeep",
+];
+
+/// A piece of a source, and a wrong one. The name is that of its test.
+pub(crate) struct Variant {
+    pub(crate) name: &'static str,
+    pub(crate) file: &'static str,
+    pub(crate) right: &'static str,
+    pub(crate) wrong: &'static str,
+}
+
+/// All variants.
+pub(crate) const VARIANTS: &[Variant] = &[
+    Variant {
+        name: "an_answer_wakes_nobody",
+        file: "slot",
+        right: "self.changed.notify_one();\n        Ok(())",
+        wrong: "Ok(())",
+    },
+    Variant {
+        name: "a_thread_that_sleeps_is_not_woken",
+        file: "engine",
+        right: "self.work.notify_one();\n            return Ok(());",
+        wrong: "return Ok(());",
+    },
+    Variant { name: "a_lane_is_not_listed_again", file: "crew", right: "state.list(topic);", wrong: "" },
+    Variant {
+        name: "answers_go_to_neighbours",
+        file: "flight",
+        right: "jobs.map(|job| rest.by_ref().take(job.sent()).collect()).collect()",
+        wrong: "jobs.map(|job| rest.by_ref().take(job.sent()).collect()).collect::<Vec<_>>().into_iter().rev().collect()",
+    },
+    Variant {
+        name: "pops_that_are_left_behind_are_not_next",
+        file: "crew",
+        right: "lane.signal |= popped && !short && outcome.error.is_none();",
+        wrong: "",
+    },
+    Variant {
+        name: "a_push_signals_no_pop_that_is_on_its_way",
+        file: "engine",
+        right: "lane.pops.is_empty() && lane.flights == 0",
+        wrong: "lane.pops.is_empty()",
+    },
+    Variant {
+        name: "a_pop_is_not_put_back",
+        file: "crew",
+        right: "lane.pops.push_front(job);",
+        wrong: "drop(job);",
+    },
+    Variant {
+        name: "a_landing_tells_nobody_outside",
+        file: "crew",
+        right: "if state.outside_waits > 0 {\n            self.work.notify_all();\n        }",
+        wrong: "",
+    },
+    Variant {
+        name: "nobody_is_told_of_a_panic",
+        file: "crew",
+        right: "Outcome::all_failed(&parts, &Error::panicked())",
+        wrong: "parts.iter().map(|_| Outcome::default()).collect()",
+    },
+    Variant {
+        name: "closing_does_not_wait",
+        file: "engine",
+        right: "state.unwanted > 0 || state.airborne.values().any(waits)",
+        wrong: "state.airborne.is_empty() && !state.airborne.values().any(waits)",
+    },
+    Variant {
+        name: "listening_begins_without_a_look",
+        file: "listener",
+        right: "queue.look_everywhere();",
+        wrong: "",
+    },
+    Variant {
+        name: "nobody_hears_a_notification",
+        file: "listener",
+        right: "queue.notified(notification.payload());",
+        wrong: "",
+    },
+];
