@@ -201,7 +201,9 @@ impl State {
         let mut parts: Vec<Part> = Vec::new();
         let mut room = Room { kind: None, rows: limits::FLIGHT_ROWS, bytes: limits::FLIGHT_BYTES };
         // Each that is listed now is asked once, in turn, whether it comes along.
-        for _ in 0..if self.has_work() { self.ready.len() } else { 0 } {
+        let mut left = if self.has_work() { self.ready.len() } else { 0 };
+        while left > 0 {
+            left -= 1;
             let Some(topic) = self.ready.pop_front() else { break };
             let Some(lane) = self.lanes.get_mut(&topic) else { continue };
             lane.listed = false;
@@ -215,7 +217,8 @@ impl State {
                     break;
                 }
             } else {
-                self.list(&topic);
+                // The callers of what it had most of are gone: it is asked again for the rest.
+                left += usize::from(self.list(&topic) && parts.is_empty());
                 self.tidy(&topic);
             }
         }

@@ -111,7 +111,11 @@ scenarios! {
     a_flight_that_fails
     a_flight_that_panics
     closing
+    deadlines
+    called_off
+    overdue_flights
     two_processes
+    piled_up_behind_calls_that_are_over
 }
 
 mod refuted {
@@ -147,6 +151,10 @@ mod refuted {
         a_landing_tells_nobody_outside by all_are_served;
         nobody_is_told_of_a_panic by a_flight_that_panics;
         closing_does_not_wait by closing;
+        what_came_for_nobody_is_dropped by deadlines;
+        an_overdue_flight_is_not_written_off by overdue_flights;
+        a_flight_that_is_written_off_keeps_its_connection by overdue_flights;
+        a_lane_is_asked_once by piled_up_behind_calls_that_are_over;
         listening_begins_without_a_look by two_processes;
         nobody_hears_a_notification by two_processes;
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use shuttle::thread::JoinHandle;
 
-use crate::world::clock::Instant;
+use crate::world::clock::{Instant, may_leap};
 use crate::world::server::{Course, Fate, Found, POISON, Server};
 use crate::world::sync::Arc;
 use crate::world::thread;
@@ -24,6 +24,7 @@ use super::message::NewMessage;
 use super::observer::{Abandoned, Flight, Observer};
 use super::queue::Queue;
 use super::slot::{Slot, Waited};
+use super::stopping::{Cause, Stopping};
 
 const LONG: Duration = Duration::from_secs(100);
 
@@ -435,6 +436,118 @@ pub(crate) fn closing() {
     soon(Duration::from_secs(2));
 }
 
+/// Calls whose time is over before their flight begins, or at the moment at which it ends. They end in time, and what
+/// their flights bring is given back.
+pub(crate) fn deadlines() {
+    let times = [ms(0), ms(0), ms(0), ms(1), ms(20), ms(50), ms(150)];
+    let server = Server::new(true, move |_| Course::done(one_of(&times), one_of(&[ms(0), ms(0), ms(50)])));
+    let leaps = random(4) == 0;
+    if leaps {
+        may_leap(8);
+    }
+    let timeout = ms(50);
+    let market = Market::open(&server, Settings { operation_timeout: timeout, ..settings() });
+    let in_time = move |limit: Duration, begun: Instant, ended: Option<ErrorKind>| {
+        let took = begun.elapsed();
+        assert!(leaps || took <= limit + ms(1), "{took:?} instead of {limit:?}");
+        see(|seen| seen.late += usize::from(ended == Some(ErrorKind::Timeout)));
+    };
+    let mut callers = Vec::new();
+    for n in 0..2 {
+        callers.push(market.caller(move |market| {
+            for _ in 0..2 {
+                let (begun, limit) = (Instant::now(), one_of(&[ms(0), ms(20), ms(50), ms(120)]));
+                let popped = match random(3) {
+                    0 => market.queue.pop_any(&["a", "b"], limit.max(ms(1))),
+                    _ => market.queue.pop_timeout("a", limit),
+                };
+                let ended = popped.as_ref().err().map(super::error::Error::kind);
+                let limit = if limit.is_zero() { timeout } else { limit };
+                if let Ok(Some(lease)) = popped {
+                    in_time(limit, begun, ended);
+                    let lease = market.got(vec![lease]).remove(0);
+                    let begun = Instant::now();
+                    let settled = market.settle(&lease, if even() { Verb::Complete } else { Verb::Release });
+                    in_time(timeout, begun, settled.err().map(|e| e.kind()));
+                } else {
+                    in_time(limit, begun, ended.or(Some(ErrorKind::Timeout)));
+                }
+            }
+        }));
+        callers.push(market.caller(move |market| {
+            for number in 0..2 {
+                let begun = Instant::now();
+                let pushed = market.push(one_of(&["a", "b"]), &NewMessage::new(payload(n, number)));
+                in_time(timeout, begun, pushed.err().map(|e| e.kind()));
+            }
+        }));
+    }
+    market.close_up(callers);
+}
+
+/// Pops that are called off while they wait or fly, as a worker's are when it is stopped.
+pub(crate) fn called_off() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), one_of(&[ms(0), ms(25), ms(1_000)])));
+    let market = Market::open(&server, settings());
+    let stopping = Arc::new(Stopping::default());
+    let mut callers = Vec::new();
+    for n in 0..2 {
+        let waiting = Arc::clone(&stopping);
+        callers.push(market.caller(move |market| {
+            let slot = market.queue.ask_any(one_of(&[&["a"][..], &["a", "b"]])).unwrap();
+            match waiting.wait(&slot) {
+                Ok(grants) => drop(market.got(market.queue.leases(grants))),
+                Err(e) => assert_eq!(e.kind(), ErrorKind::Closed),
+            }
+            // A second after it was called off, at the latest.
+            soon(ms(1_200));
+        }));
+        callers.push(market.caller(move |market| produce(market, one_of(&["a", "b"]), n, 2)));
+    }
+    callers.push(market.caller(move |_| {
+        thread::sleep(one_of(&[ms(0), ms(1), ms(25), ms(60)]));
+        stopping.stop(Cause::Stopped);
+    }));
+    market.close_up(callers);
+}
+
+/// The first statements, or their answers, take longer than a call may take, or than a flight is alone. Others take
+/// their place.
+pub(crate) fn overdue_flights() {
+    let hangs = AtomicUsize::new(1 + usize::try_from(random(2)).unwrap());
+    let (long, hangs_there) = (one_of(&[ms(40), ms(299), ms(300), ms(301), ms(5_000)]), even());
+    let server = Server::new(true, move |_| {
+        let time = if count_down(&hangs) { long } else { on_the_way() };
+        if hangs_there { Course::done(time, ms(0)) } else { Course::done(ms(0), time) }
+    });
+    let timeout = ms(200);
+    let poll_interval = Duration::from_secs(2);
+    let market = Market::open(&server, Settings { operation_timeout: timeout, poll_interval, ..settings() });
+    let mut callers = Vec::new();
+    for n in 0..2 {
+        callers.push(market.caller(|market| {
+            let lease = match random(2) {
+                0 => market.queue.pop("a").unwrap(),
+                _ => market.queue.pop_any(&["a", "b"], LONG).unwrap().unwrap(),
+            };
+            let lease = market.got(vec![lease]).remove(0);
+            market.complete(&lease);
+        }));
+        callers.push(market.caller(move |market| {
+            let message = NewMessage::new(payload(n, 0));
+            until(|| {
+                let begun = Instant::now();
+                let pushed = market.push("a", &message);
+                assert!(begun.elapsed() <= timeout + ms(1), "{:?}", begun.elapsed());
+                pushed
+            });
+        }));
+    }
+    market.close_up(callers);
+    // What a hung flight took from the server comes back with it.
+    soon(if hangs_there || long < ms(5_000) { Duration::from_secs(6) } else { Duration::from_secs(12) });
+}
+
 /// Two processes: what one pushes is found by the other's pops, by notifications; without them, by polling.
 pub(crate) fn two_processes() {
     let notifies = random(4) > 0;
@@ -463,4 +576,31 @@ pub(crate) fn two_processes() {
     drop(there);
     market.close_up(callers);
     soon(Duration::from_secs(if notifies { 2 } else { 6 }));
+}
+
+/// A connection that was slow, and calls of all kinds that were over before they had begun; behind them one that
+/// still waits.
+pub(crate) fn piled_up_behind_calls_that_are_over() {
+    let (timeout, slow) = (ms(50), AtomicUsize::new(1));
+    let server =
+        Server::new(true, move |_| Course::done(if count_down(&slow) { ms(60) } else { ms(0) }, ms(0)));
+    let market = Market::open(&server, Settings { pool_size: 1, operation_timeout: timeout, ..settings() });
+    let mut callers = vec![market.caller(|market| drop(market.push("a", &NewMessage::new("x"))))];
+    for n in 0..2 {
+        callers.push(market.caller(move |market| {
+            thread::sleep(ms(1));
+            drop(market.push("a", &NewMessage::new(payload(n, 0))));
+        }));
+        callers.push(market.caller(|market| {
+            thread::sleep(ms(1));
+            let proof = Settle { id: Uuid::now_v7(), token: vec![1; 8], verb: Verb::Complete };
+            drop(market.queue.handle.settle("a", vec![proof]));
+        }));
+    }
+    callers.push(market.caller(|market| {
+        thread::sleep(ms(1));
+        market.complete(&market.got(vec![market.queue.pop("a").unwrap()])[0]);
+    }));
+    market.close_up(callers);
+    soon(ms(100));
 }

@@ -73,6 +73,30 @@ pub(crate) const VARIANTS: &[Variant] = &[
         wrong: "state.airborne.is_empty() && !state.airborne.values().any(waits)",
     },
     Variant {
+        name: "what_came_for_nobody_is_dropped",
+        file: "flight",
+        right: "self.engine.abandon(topic, unwanted.unwrap_or_default())",
+        wrong: "drop(unwanted)",
+    },
+    Variant {
+        name: "an_overdue_flight_is_not_written_off",
+        file: "keeper",
+        right: "self.write_off(&mut state, id);",
+        wrong: "",
+    },
+    Variant {
+        name: "a_flight_that_is_written_off_keeps_its_connection",
+        file: "keeper",
+        right: "state.in_use -= 1;",
+        wrong: "",
+    },
+    Variant {
+        name: "a_lane_is_asked_once",
+        file: "lane",
+        right: "left += usize::from(self.list(&topic) && parts.is_empty());",
+        wrong: "self.list(&topic);",
+    },
+    Variant {
         name: "listening_begins_without_a_look",
         file: "listener",
         right: "queue.look_everywhere();",
