@@ -273,8 +273,7 @@ impl Engine {
                 look_in.max(Duration::from_millis(2)).min(self.settings.poll_interval)
             };
             let at = now + wait;
-            lane.look_at =
-                Some(lane.look_at.filter(|earlier| *earlier > now).map_or(at, |earlier| earlier.min(at)));
+            lane.look_at = Some(lane.look_at.map_or(at, |earlier| earlier.min(at)));
             look_at = lane.look_at;
         }
         state.list(topic);

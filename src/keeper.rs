@@ -61,7 +61,8 @@ impl Engine {
                 match lane.look_at {
                     Some(at) if at <= now => {
                         lane.look_at = None;
-                        if !lane.pops.is_empty() {
+                        // Those that are on a flight may have been told before that there is nothing.
+                        if !lane.pops.is_empty() || lane.flights > 0 {
                             lane.poll = !lane.signal;
                             lane.signal = true;
                             due.push(Arc::clone(topic));

@@ -578,6 +578,19 @@ pub(crate) fn two_processes() {
     soon(Duration::from_secs(if notifies { 2 } else { 6 }));
 }
 
+/// A message that becomes ready while the pop that waits is on a flight, which was told before that there is none.
+pub(crate) fn a_delayed_push_during_a_flight() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, settings());
+    let popping = market.caller(|market| consume(market, "a", 1, true));
+    let pushing = market.caller(|market| {
+        thread::sleep(one_of(&[ms(0), ms(1), ms(30)]));
+        market.push("a", &NewMessage::new("x").delay(one_of(&[ms(1), ms(5), ms(25)]))).unwrap();
+    });
+    market.close_up(vec![popping, pushing]);
+    soon(Duration::from_secs(1));
+}
+
 /// A connection that was slow, and calls of all kinds that were over before they had begun; behind them one that
 /// still waits.
 pub(crate) fn piled_up_behind_calls_that_are_over() {

@@ -91,6 +91,18 @@ pub(crate) const VARIANTS: &[Variant] = &[
         wrong: "",
     },
     Variant {
+        name: "a_look_that_falls_due_during_a_flight_is_dropped",
+        file: "keeper",
+        right: "!lane.pops.is_empty() || lane.flights > 0",
+        wrong: "!lane.pops.is_empty()",
+    },
+    Variant {
+        name: "a_look_that_is_overdue_at_a_landing_is_dropped",
+        file: "crew",
+        right: "lane.look_at.map_or(at, |earlier| earlier.min(at))",
+        wrong: "lane.look_at.filter(|earlier| *earlier > now).map_or(at, |earlier| earlier.min(at))",
+    },
+    Variant {
         name: "a_lane_is_asked_once",
         file: "lane",
         right: "left += usize::from(self.list(&topic) && parts.is_empty());",
