@@ -255,6 +255,7 @@ impl Engine {
                 }
             }
         }
+        lane.signal |= short && std::mem::take(&mut lane.unheard);
         lane.signal |= popped && !short && outcome.error.is_none();
         let mut look_at = None;
         if popped && !lane.pops.is_empty() {

@@ -78,6 +78,8 @@ pub(crate) struct Lane {
     pub(crate) poll: bool,
     /// A flight left while one of those that wait was on a flight for another topic.
     pub(crate) missed: bool,
+    /// A signal found nobody in the lane: those on flights may have looked before it came.
+    pub(crate) unheard: bool,
     /// When to look next for those that wait.
     pub(crate) look_at: Option<Instant>,
     /// Until when the server knows that somebody waits.
@@ -281,6 +283,7 @@ impl Lane {
         self.pops.retain(|job| job.slot.is_awaited());
         let (mut here, away) = self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued());
         self.missed |= !away.is_empty();
+        self.unheard |= here.is_empty();
         let lease = here.front().map(|job| job.lease);
         let jobs = room.board(&mut here, id, |job| Some(job.lease) == lease);
         self.pops.extend(here.into_iter().chain(away));

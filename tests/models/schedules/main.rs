@@ -117,6 +117,8 @@ scenarios! {
     two_processes
     a_delayed_push_during_a_flight
     piled_up_behind_calls_that_are_over
+    a_push_while_all_are_on_flights
+    waiting_costs_little
 }
 
 mod refuted {
@@ -155,9 +157,13 @@ mod refuted {
         what_came_for_nobody_is_dropped by deadlines;
         an_overdue_flight_is_not_written_off by overdue_flights;
         a_flight_that_is_written_off_keeps_its_connection by overdue_flights;
+        a_signal_that_finds_nobody_is_dropped by a_push_while_all_are_on_flights;
+        a_signal_that_found_nobody_is_forgotten by a_push_while_all_are_on_flights;
         a_look_that_falls_due_during_a_flight_is_dropped by a_delayed_push_during_a_flight;
         a_look_that_is_overdue_at_a_landing_is_dropped by a_delayed_push_during_a_flight;
         a_lane_is_asked_once by piled_up_behind_calls_that_are_over;
+        those_that_wait_look_again_and_again by waiting_costs_little;
+        one_that_is_elsewhere_makes_the_others_look_again by waiting_costs_little;
         listening_begins_without_a_look by two_processes;
         nobody_hears_a_notification by two_processes;
     }

@@ -617,3 +617,48 @@ pub(crate) fn piled_up_behind_calls_that_are_over() {
     market.close_up(callers);
     soon(ms(100));
 }
+
+/// A push for which the lane has only one that waits in another lane too, and is on a flight there, while the other one
+/// is on a flight that left before. The first gets something there.
+pub(crate) fn a_push_while_all_are_on_flights() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, Settings { pool_size: 3, ..settings() });
+    let mut callers = vec![market.caller(|market| consume(market, "b", 1, true))];
+    callers.push(market.caller(|market| {
+        let lease = market.queue.pop_any(&["a", "b"], LONG).unwrap().unwrap();
+        let lease = market.got(vec![lease]).remove(0);
+        market.complete(&lease);
+        // It was to be the other's.
+        if lease.topic() == "b" {
+            assert!(market.push("b", &NewMessage::new("x")).unwrap());
+        }
+    }));
+    for topic in ["a", "b"] {
+        callers.push(market.caller(move |market| {
+            thread::sleep(one_of(&[ms(0), ms(1), ms(25), ms(26), ms(51)]));
+            assert!(market.push(topic, &NewMessage::new("x")).unwrap());
+        }));
+    }
+    market.close_up(callers);
+    soon(Duration::from_secs(1));
+}
+
+/// Pops that wait in vain, also beside a flight that takes long.
+pub(crate) fn waiting_costs_little() {
+    let slow = AtomicUsize::new(usize::try_from(random(2)).unwrap());
+    let server = Server::new(true, move |_| {
+        Course::done(if count_down(&slow) { ms(2_000) } else { on_the_way() }, on_the_way())
+    });
+    let market = Market::open(&server, settings());
+    let before = SEEN.get().flights;
+    let topics: [&[&str]; 3] = [&["a"], &["b"], &["a", "b"]];
+    let waiting = topics.map(|topics| {
+        market.caller(move |market| {
+            thread::sleep(one_of(&[ms(0), ms(1), ms(26)]));
+            assert!(market.queue.pop_any(topics, Duration::from_secs(4)).unwrap().is_none());
+        })
+    });
+    market.close_up(waiting.into());
+    let flights = SEEN.get().flights - before;
+    assert!(flights <= 20, "{flights} flights");
+}

@@ -91,6 +91,18 @@ pub(crate) const VARIANTS: &[Variant] = &[
         wrong: "",
     },
     Variant {
+        name: "a_signal_that_finds_nobody_is_dropped",
+        file: "lane",
+        right: "self.unheard |= here.is_empty();",
+        wrong: "",
+    },
+    Variant {
+        name: "a_signal_that_found_nobody_is_forgotten",
+        file: "crew",
+        right: "lane.signal |= short && std::mem::take(&mut lane.unheard);",
+        wrong: "",
+    },
+    Variant {
         name: "a_look_that_falls_due_during_a_flight_is_dropped",
         file: "keeper",
         right: "!lane.pops.is_empty() || lane.flights > 0",
@@ -107,6 +119,18 @@ pub(crate) const VARIANTS: &[Variant] = &[
         file: "lane",
         right: "left += usize::from(self.list(&topic) && parts.is_empty());",
         wrong: "self.list(&topic);",
+    },
+    Variant {
+        name: "those_that_wait_look_again_and_again",
+        file: "crew",
+        right: "look_in.max(Duration::from_millis(2)).min(self.settings.poll_interval)",
+        wrong: "look_in.min(Duration::from_millis(2))",
+    },
+    Variant {
+        name: "one_that_is_elsewhere_makes_the_others_look_again",
+        file: "lane",
+        right: "self.missed |= !away.is_empty();",
+        wrong: "self.missed |= !away.is_empty();\n        self.unheard |= !away.is_empty();",
     },
     Variant {
         name: "listening_begins_without_a_look",
