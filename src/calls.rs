@@ -476,6 +476,17 @@ impl Verb {
         }
     }
 
+    /// In how long the message may be popped again, if that is known.
+    pub(crate) fn comes_back_in(&self) -> Option<Duration> {
+        match self {
+            Verb::Release => Some(Duration::ZERO),
+            Verb::Defer(seconds) | Verb::Fail { delay: Some(seconds), .. } => {
+                Duration::try_from_secs_f64(*seconds).ok()
+            }
+            _ => None,
+        }
+    }
+
     pub(crate) fn error(&self) -> Option<&str> {
         match self {
             Verb::Fail { why, .. } => Some(why),

@@ -317,7 +317,7 @@ pub(crate) struct Outcome {
     pub(crate) rows: usize,
     /// The error that all who were aboard get.
     pub(crate) error: Option<Error>,
-    /// Pushes: in how long the first message is ready.
+    /// Pushes, and settles that give back: in how long the first message is ready.
     pub(crate) pushed: Option<Duration>,
     /// Pops: when it is worth looking again.
     pub(crate) look_in: Option<Duration>,

@@ -144,6 +144,9 @@ impl Flight<'_> {
             for (settle, verdict) in job.settles.iter().zip(verdicts) {
                 self.tell_settled(topic, settle, *verdict);
                 outcome.rows += 1;
+                if let (Verdict::Settled, Some(wait)) = (verdict, settle.verb.comes_back_in()) {
+                    outcome.pushed = Some(outcome.pushed.map_or(wait, |first| first.min(wait)));
+                }
             }
         }
         drop(job.slot.land(self.id, answer));

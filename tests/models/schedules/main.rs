@@ -113,10 +113,12 @@ scenarios! {
     closing
     deadlines
     called_off
+    several_topics
     overdue_flights
     two_processes
     a_delayed_push_during_a_flight
     piled_up_behind_calls_that_are_over
+    what_is_given_back
     a_push_while_all_are_on_flights
     waiting_costs_little
 }
@@ -157,11 +159,14 @@ mod refuted {
         what_came_for_nobody_is_dropped by deadlines;
         an_overdue_flight_is_not_written_off by overdue_flights;
         a_flight_that_is_written_off_keeps_its_connection by overdue_flights;
+        a_pop_is_forgotten_where_it_waits_besides by several_topics;
+        a_pop_leaves_a_lane_whose_flight_it_cannot_take by several_topics;
         a_signal_that_finds_nobody_is_dropped by a_push_while_all_are_on_flights;
         a_signal_that_found_nobody_is_forgotten by a_push_while_all_are_on_flights;
         a_look_that_falls_due_during_a_flight_is_dropped by a_delayed_push_during_a_flight;
         a_look_that_is_overdue_at_a_landing_is_dropped by a_delayed_push_during_a_flight;
         a_lane_is_asked_once by piled_up_behind_calls_that_are_over;
+        what_is_given_back_wakes_nobody by what_is_given_back;
         those_that_wait_look_again_and_again by waiting_costs_little;
         one_that_is_elsewhere_makes_the_others_look_again by waiting_costs_little;
         listening_begins_without_a_look by two_processes;

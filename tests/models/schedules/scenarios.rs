@@ -511,6 +511,45 @@ pub(crate) fn called_off() {
     market.close_up(callers);
 }
 
+/// Pops that wait in two topics: a push to either is found by one that waits, and by one only.
+pub(crate) fn several_topics() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, Settings { pool_size: one_of(&[1, 2, 3]), ..settings() });
+    let (mut callers, one_waits_in_b) = (Vec::new(), even());
+    for _ in 0..2 {
+        callers.push(market.caller(|market| {
+            let topics = one_of(&[["a", "b"], ["b", "a"]]);
+            let lease = market.queue.pop_any(&topics, LONG).unwrap().unwrap();
+            market.complete(&market.got(vec![lease])[0]);
+        }));
+    }
+    if one_waits_in_b {
+        callers.push(market.caller(|market| consume(market, "b", 1, true)));
+    }
+    if even() {
+        // One that does not wait for long. What it gets, it pushes again.
+        callers.push(market.caller(|market| {
+            let popped = market.queue.pop_any(&["a", "b"], one_of(&[ms(1), ms(26), ms(60)])).unwrap();
+            for lease in market.got(popped.into_iter().collect()) {
+                market.complete(&lease);
+                assert!(market.push(lease.topic(), &NewMessage::new("y")).unwrap());
+            }
+        }));
+    }
+    callers.push(market.caller(move |market| {
+        // As many as are waited for: one that is overlooked is missed.
+        for _ in 0..if one_waits_in_b { 3 } else { 2 } {
+            let topic = if one_waits_in_b { "b" } else { one_of(&["a", "b"]) };
+            thread::sleep(one_of(&[ms(0), ms(1), ms(3), ms(60)]));
+            let message = NewMessage::new("x");
+            let message = if random(4) == 0 { message.delay(ms(5)) } else { message };
+            assert!(market.push(topic, &message).unwrap());
+        }
+    }));
+    market.close_up(callers);
+    soon(Duration::from_secs(2));
+}
+
 /// The first statements, or their answers, take longer than a call may take, or than a flight is alone. Others take
 /// their place.
 pub(crate) fn overdue_flights() {
@@ -640,6 +679,22 @@ pub(crate) fn a_push_while_all_are_on_flights() {
         }));
     }
     market.close_up(callers);
+    soon(Duration::from_secs(1));
+}
+
+/// A message that is given back while others wait.
+pub(crate) fn what_is_given_back() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, settings());
+    market.push("a", &NewMessage::new("x")).unwrap();
+    let lease = market.got(vec![market.queue.pop("a").unwrap()]).remove(0);
+    let waiting = market.caller(|market| consume(market, "a", 1, true));
+    let giving = market.caller(move |market| {
+        thread::sleep(one_of(&[ms(0), ms(1), ms(26), ms(60)]));
+        let verb = if even() { Verb::Release } else { Verb::Defer(0.005) };
+        market.settle(&lease, verb).unwrap();
+    });
+    market.close_up(vec![waiting, giving]);
     soon(Duration::from_secs(1));
 }
 

@@ -91,6 +91,18 @@ pub(crate) const VARIANTS: &[Variant] = &[
         wrong: "",
     },
     Variant {
+        name: "a_pop_is_forgotten_where_it_waits_besides",
+        file: "crew",
+        right: "lane.signal = true;\n                lane.poll = false;\n                state.list(&topic);",
+        wrong: "",
+    },
+    Variant {
+        name: "a_pop_leaves_a_lane_whose_flight_it_cannot_take",
+        file: "lane",
+        right: "self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued())",
+        wrong: "(std::mem::take(&mut self.pops), VecDeque::new())",
+    },
+    Variant {
         name: "a_signal_that_finds_nobody_is_dropped",
         file: "lane",
         right: "self.unheard |= here.is_empty();",
@@ -119,6 +131,12 @@ pub(crate) const VARIANTS: &[Variant] = &[
         file: "lane",
         right: "left += usize::from(self.list(&topic) && parts.is_empty());",
         wrong: "self.list(&topic);",
+    },
+    Variant {
+        name: "what_is_given_back_wakes_nobody",
+        file: "flight",
+        right: "outcome.pushed = Some(outcome.pushed.map_or(wait, |first| first.min(wait)));",
+        wrong: "",
     },
     Variant {
         name: "those_that_wait_look_again_and_again",
