@@ -12,7 +12,7 @@ pub(crate) struct Broken {
 
 const SETTLED: &str = "pushpop.delivery(m.pushed_at, m.fence) = delivery";
 
-pub(crate) const ALL: [Broken; 20] = [
+pub(crate) const ALL: [Broken; 23] = [
     // Clients.
     client("settle-before-work"),
     client("new-id-on-retry"),
@@ -21,6 +21,9 @@ pub(crate) const ALL: [Broken; 20] = [
     client("effect-apart"),
     client("no-listen-again"),
     client("no-second-look"),
+    client("gives-up"),
+    // The standby: nobody waits for it.
+    client("not-synchronous"),
     // Each reclaims by its own clock, and some of these are ahead.
     Broken {
         name: "client-clock",
@@ -63,6 +66,17 @@ pub(crate) const ALL: [Broken; 20] = [
             "l.lease_until <= moment",
             "l.lease_until <= moment + interval '1500 milliseconds'",
         )],
+    },
+    // What was pushed after the clock went back lay below the mark until the clock was there again.
+    Broken {
+        name: "marks-stay",
+        patches: &[
+            ("note_look", "known.sure_to > moment", "false"),
+            ("push", "or due < known.low", ""),
+            ("push_many", "stamped < known.low", "false"),
+            ("push_many", "greatest(stamped, known.low)", "stamped"),
+            ("upkeep", "set low = '-infinity', deleted_to", "set deleted_to"),
+        ],
     },
     Broken { name: "never-reclaims", patches: &[("reclaim", "l.lease_until <= moment", "false")] },
     Broken {

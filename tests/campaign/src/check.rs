@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use pushpop_pg::uuid::Uuid;
 
-use crate::history::{Grant, History, Known, Place, Settle, Verb};
+use crate::history::{Grant, History, Known, Place, Pushed, Settle, Verb};
 use crate::journal::Outcome;
 use crate::plan::EFFECTS;
 use crate::store::{Granted, Store, Stored};
@@ -31,6 +31,13 @@ impl Property {
         Property { name, checked: String::new(), found: 0, shown: Vec::new() }
     }
 
+    /// Says on how many deliveries it was not checked, because commits that they depend on may have been lost.
+    fn except(&mut self, doubtful: usize) {
+        if doubtful > 0 {
+            let _ = write!(self.checked, "; nor on {doubtful} that the server may have forgotten");
+        }
+    }
+
     fn violated(&mut self, what: String, places: Vec<Place>) {
         self.found += 1;
         if self.shown.len() < SHOWN {
@@ -39,6 +46,10 @@ impl Property {
     }
 }
 
+/// How many messages a run has at most, and how long a pop may be under way at most, in microseconds.
+const RUN: usize = 25;
+const LONGEST_POP: i64 = 15_000_000;
+
 /// Checks all properties.
 pub(crate) fn check(history: &History, store: &Store) -> Vec<Property> {
     vec![
@@ -46,10 +57,11 @@ pub(crate) fn check(history: &History, store: &Store) -> Vec<Property> {
         no_phantom(history, store),
         one_live_lease(history, store),
         tokens(history, store),
-        order(history),
+        order(history, store),
         liveness(history),
         exactly_one_effect(history, store),
         pushed_once(history, store),
+        served_again(history),
     ]
 }
 
@@ -79,16 +91,18 @@ pub(crate) fn render(properties: &[Property], history: &History) -> String {
 fn no_loss(history: &History, store: &Store) -> Property {
     let mut property = Property::new("no loss");
     let (mut answered, mut unanswered, mut completed, mut discarded, mut dead) = (0, 0, 0, 0, 0);
+    let mut lost = 0;
     for (id, known) in &history.known {
         let Some(push) = &known.push else { continue };
         let stored = store.messages.get(id);
-        if push.is_answered {
+        if push.answered.is_some() {
             answered += 1;
         } else {
             unanswered += u64::from(stored.is_some());
         }
         match stored {
-            None if push.is_answered => {
+            None if push.answered.is_some_and(|at| history.may_be_lost(at, at)) => lost += 1,
+            None if push.answered.is_some() => {
                 property.violated(format!("{id} was acknowledged, and is not stored"), known.places());
             }
             None => {}
@@ -119,6 +133,14 @@ fn no_loss(history: &History, store: &Store) -> Property {
         "{answered} acknowledged pushes and {unanswered} others that were stored: {completed} completed, \
          {discarded} discarded, {dead} dead"
     );
+    if !history.windows.is_empty() {
+        let _ = write!(
+            property.checked,
+            ", {lost} lost; by a standby that took over {} times, and had not got all of the last {} ms in all",
+            history.windows.len(),
+            history.windows.iter().map(|(from, to)| (to - from) / 1000).sum::<i64>()
+        );
+    }
     property
 }
 
@@ -162,8 +184,12 @@ fn no_phantom(history: &History, store: &Store) -> Property {
 /// No delivery of a message before the last one's deadline, unless that was settled.
 fn one_live_lease(history: &History, store: &Store) -> Property {
     let mut property = Property::new("one live lease");
-    let (mut checked, mut followed, mut unseen) = (0, 0, 0);
+    let (mut checked, mut followed, mut unseen, mut doubtful) = (0, 0, 0, 0);
     for (id, known) in &history.known {
+        if history.is_doubtful(known) {
+            doubtful += known.grants.len();
+            continue;
+        }
         let stored = store.grants.get(id).map_or(&[][..], Vec::as_slice);
         unseen += stored.iter().filter(|g| known.grants.iter().all(|seen| seen.fence != g.fence)).count();
         for (n, grant) in known.grants.iter().enumerate() {
@@ -174,8 +200,10 @@ fn one_live_lease(history: &History, store: &Store) -> Property {
             }
             let Some((at, place)) = next(known, stored, grant.fence) else { continue };
             followed += 1;
+            // The clock of the server may not be that of its clients.
+            let before = |s: &Settle| s.wall <= at || history.steps > 0;
             let ended =
-                known.settles.iter().any(|s| s.fence == grant.fence && s.may_have_ended() && s.wall <= at);
+                known.settles.iter().any(|s| s.fence == grant.fence && s.may_have_ended() && before(s));
             if at < grant.deadline && !ended {
                 let what = format!(
                     "{id} was handed out again {} ms before the deadline of delivery {}",
@@ -196,6 +224,7 @@ fn one_live_lease(history: &History, store: &Store) -> Property {
         "{checked} deliveries that a client knows of, {followed} of them followed by another; not on {unseen} \
          whose client died or had gone before it could write"
     );
+    property.except(doubtful);
     property
 }
 
@@ -214,10 +243,15 @@ fn next(known: &Known, stored: &[Granted], fence: i64) -> Option<(i64, Option<Pl
 /// Only the newest delivery's settle takes effect, at most once; no token is given twice.
 fn tokens(history: &History, store: &Store) -> Property {
     let mut property = Property::new("tokens");
-    let (mut settles, mut stale, mut lost) = (0, 0, 0);
+    let (mut settles, mut stale, mut lost, mut doubtful) = (0, 0, 0, 0);
     for (id, known) in &history.known {
+        if history.is_doubtful(known) {
+            doubtful += known.settles.len();
+            continue;
+        }
         let stored = store.messages.get(id);
-        let granted = store.grants.get(id).map_or(&[][..], Vec::as_slice);
+        // By the clients' clock where that of the server was stepped.
+        let granted = store.grants.get(id).filter(|_| history.steps == 0).map_or(&[][..], Vec::as_slice);
         for settle in &known.settles {
             settles += 1;
             lost += usize::from(settle.outcome == Outcome::Lost);
@@ -238,13 +272,20 @@ fn tokens(history: &History, store: &Store) -> Property {
             }
         }
     }
-    if store.repeated_tokens > 0 {
-        property.violated(format!("{} keys of tokens were given twice", store.repeated_tokens), Vec::new());
+    let again = history.granted.iter().filter(|(key, at)| store.keys.get(*key).is_some_and(|now| now != *at));
+    let repeated = store.repeated_tokens + again.count() as u64;
+    if repeated > 0 {
+        property.violated(format!("{repeated} keys of tokens were given twice"), Vec::new());
     }
     property.checked = format!(
         "{settles} settles; {stale} of them stale when tried, {lost} told that the lease was lost; {} keys of tokens",
         store.tokens
     );
+    if !history.granted.is_empty() {
+        let gone = history.granted.keys().filter(|key| !store.keys.contains_key(*key)).count();
+        let _ = write!(property.checked, ", and {gone} that were lost");
+    }
+    property.except(doubtful);
     property
 }
 
@@ -282,28 +323,62 @@ fn wrongly_accepted(
 }
 
 /// One consumer sees strict push order: a message that it gets for the first time was pushed after all such before.
-fn order(history: &History) -> Property {
+fn order(history: &History, store: &Store) -> Property {
     let mut property = Property::new("order");
-    let (mut checked, mut again) = (0, 0);
-    let mut last: Option<(usize, Place)> = None;
+    if history.steps > 0 {
+        property.checked = "not checked: the clock was stepped".into();
+        return property;
+    }
+    let given_up = given_up(history, store);
+    let (mut checked, mut again, mut held, mut doubtful) = (0, 0, 0, 0);
+    let mut last: Option<(usize, Place, i64)> = None;
     for (id, fence, place) in &history.got_in_order {
         let Some(position) = history.pushed_in_order.get(id).copied() else { continue };
+        let Some(known) = history.known.get(id) else { continue };
+        if history.is_doubtful(known) {
+            doubtful += 1;
+            continue;
+        }
         if *fence > 1 {
             again += 1;
             continue;
         }
         checked += 1;
-        if let Some((before, at)) = last.filter(|(before, _)| *before >= position) {
+        if let Some((before, at, got)) = last.filter(|(before, ..)| *before >= position) {
+            let holds = |(front, since): &(usize, i64)| {
+                (*front..front + RUN).contains(&position) && (*since..since + LONGEST_POP).contains(&got)
+            };
+            if given_up.iter().any(holds) {
+                held += 1;
+                continue;
+            }
             let what = format!("{id}, pushed as number {position}, came after number {before}");
             property.violated(what, vec![at, *place]);
         }
-        last = Some((position, *place));
+        let got = known.grants.iter().find(|grant| grant.place == *place).map_or(0, |grant| grant.wall);
+        last = Some((position, *place, got));
     }
     property.checked = format!(
-        "{checked} first deliveries of {} messages; not on {again} whose first delivery was lost with its answer",
+        "{checked} first deliveries of {} messages, {held} of them behind what a pop that was given up still held; \
+         not on {again} whose first delivery was lost with its answer",
         history.pushed_in_order.len()
     );
+    property.except(doubtful);
     property
+}
+
+/// First deliveries that nobody knows of, by their places in the order, and when they were granted. A pop that was
+/// given up may still be under way; until it has committed it holds the run of which it took the front, and the next
+/// pop of the same consumer takes what comes after that.
+fn given_up(history: &History, store: &Store) -> Vec<(usize, i64)> {
+    let mut given_up = Vec::new();
+    for (id, position) in &history.pushed_in_order {
+        let known = history.known.get(id).map_or(&[][..], |known| &known.grants);
+        let granted = store.grants.get(id).into_iter().flatten().filter(|granted| granted.fence == 1);
+        let unseen = granted.filter(|granted| known.iter().all(|grant| grant.fence != granted.fence));
+        given_up.extend(unseen.map(|granted| (*position, granted.at)));
+    }
+    given_up
 }
 
 /// When faults stop, the backlog reaches zero in time.
@@ -368,10 +443,41 @@ fn pushed_once(history: &History, store: &Store) -> Property {
     }
     let pushes = || history.known.values().filter_map(|known| known.push.as_ref());
     let repeated = pushes().filter(|push| push.calls > 1).count();
-    for push in pushes().filter(|push| push.is_answered && !names.contains_key(&*push.name)) {
+    let is_kept = |push: &&Pushed| push.answered.is_some_and(|at| !history.may_be_lost(at, at));
+    for push in pushes().filter(is_kept).filter(|push| !names.contains_key(&*push.name)) {
         property.violated(format!("{} was acknowledged, and is not stored", push.name), vec![push.place]);
     }
     property.checked = format!("{} messages, {repeated} of them pushed more than once", names.len());
+    property
+}
+
+/// When a fault has ended, every client that is there is served again in time, and nobody helps it.
+fn served_again(history: &History) -> Property {
+    let mut property = Property::new("served again");
+    let (mut checked, mut slowest) = (0, 0);
+    for (mended, within, place) in &history.mended {
+        let until = mended + within;
+        for client in history.clients.values() {
+            if client.begun > *mended || client.ended.is_some_and(|ended| ended <= until) {
+                continue;
+            }
+            checked += 1;
+            let served = client.alive.iter().copied().find(|at| at > mended);
+            slowest = slowest.max(served.map_or(*within, |served| served - mended));
+            if served.is_none_or(|served| served > until) {
+                let after =
+                    served.map_or("never".to_owned(), |at| format!("after {} ms", (at - mended) / 1000));
+                property.violated(format!("a client was served again {after}"), vec![*place, client.place]);
+            }
+        }
+    }
+    property.checked = match history.mended.len() {
+        0 => "no fault that ends at a certain time".into(),
+        ends => format!(
+            "{ends} ends of faults, {checked} times a client, the slowest after {} ms",
+            slowest / 1000
+        ),
+    };
     property
 }
 

@@ -1,7 +1,8 @@
 //! Runs a campaign: a server, its clients as processes, faults, a drain, the check.
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -9,15 +10,15 @@ use std::time::{Duration, Instant};
 
 use pushpop_pg::postgres::{Client, Config, NoTls};
 use pushpop_pg::{BoxError, Queue, TopicSettings};
-use pushpop_server::Server;
 
 use crate::args::Args;
 use crate::broken;
 use crate::chance::Chance;
 use crate::check::{Property, check, render};
 use crate::history::History;
-use crate::journal::Journal;
-use crate::plan::{ORDER, PLAIN, Plan, WORK};
+use crate::journal::{Entry, Journal, now};
+use crate::plan::{Fault, ORDER, PLAIN, Plan, WORK};
+use crate::stage::Stage;
 use crate::store;
 
 /// How long a process may take to end when it is told to.
@@ -40,15 +41,6 @@ enum Role {
     Order,
 }
 
-#[derive(Clone, Copy, Debug)]
-enum Fault {
-    Kill,
-    KillServer,
-    Stop,
-    Terminate,
-    KillBackend,
-}
-
 /// A child process.
 struct Member {
     role: Role,
@@ -56,24 +48,35 @@ struct Member {
     args: Args,
     child: Child,
     lives: u32,
+    log: Log,
     /// When it may go on, if it is stopped.
     stopped_until: Option<Instant>,
 }
 
-struct Director<'a> {
-    plan: &'a Plan,
-    args: &'a Args,
+/// The log of a client, as far as it was read: when it was served last.
+struct Log {
+    path: PathBuf,
+    read: u64,
+    alive: i64,
+}
+
+pub(crate) struct Director<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) args: &'a Args,
     dir: PathBuf,
-    journal: Journal,
-    server: Server,
+    pub(crate) journal: Journal,
+    pub(crate) stage: Stage,
     members: Vec<Member>,
-    chance: Chance,
+    pub(crate) chance: Chance,
+    /// How many there were so far.
+    pub(crate) cuts: usize,
+    pub(crate) full_disks: usize,
 }
 
 /// Runs a campaign and checks it; returns whether every property holds.
 pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
     let begun = Instant::now();
-    let dir = scratch()?;
+    let dir = scratch(args)?;
     let mut director = match Director::start(plan, args, dir.clone()) {
         Ok(director) => director,
         Err(e) => {
@@ -86,7 +89,7 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
     let checked = match ran {
         Ok(()) => director.check(),
         Err(e) => {
-            let log = director.server.log();
+            let log = director.stage.server.log();
             let lines: Vec<&str> = log.lines().collect();
             println!("{}", lines[lines.len().saturating_sub(20)..].join("\n"));
             Err(e)
@@ -109,45 +112,42 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
 }
 
 /// A directory of this run's own.
-fn scratch() -> Result<PathBuf, BoxError> {
-    let dir = env::temp_dir().join(format!("pushpop-campaign-{}", std::process::id()));
+fn scratch(args: &Args) -> Result<PathBuf, BoxError> {
+    let base = args.text("scratch").map_or_else(|_| env::temp_dir(), PathBuf::from);
+    let dir = base.join(format!("pushpop-campaign-{}", std::process::id()));
     fs::create_dir_all(&dir)?;
     Ok(dir)
 }
 
 impl<'a> Director<'a> {
     fn start(plan: &'a Plan, args: &'a Args, dir: PathBuf) -> Result<Self, BoxError> {
-        // What is killed here is processes; still, the server that is killed runs as one in earnest would.
-        let fsync = if plan.server_kills + plan.backend_kills > 0 { "on" } else { "off" };
-        let server = Server::with(&[("fsync", fsync), ("max_connections", "300")])?;
-        let queue = Queue::connect(&server.url())?;
+        let stage = Stage::set(plan, args, &dir)?;
+        let queue = Queue::connect(&stage.server.url())?;
         let backoff =
             TopicSettings::default().with_backoff(Duration::from_millis(50), Duration::from_millis(200));
         queue.topic(WORK).set(&backoff)?;
-        let mut client = Client::connect(&server.url(), NoTls)?;
+        let mut client = Client::connect(&stage.server.url(), NoTls)?;
         client.batch_execute(store::SETUP)?;
         if let Ok(name) = args.text("broken") {
             broken::apply(name, &mut client)?;
         }
-        let version: String = client.query_one("select current_setting('server_version')", &[])?.get(0);
+        let sql = "select current_setting('server_version'), current_setting('fsync')";
+        let row = client.query_one(sql, &[])?;
+        let (version, fsync): (String, String) = (row.get(0), row.get(1));
         println!(
-            "campaign {}: seed {}, {} messages, {} workers and {} in SQL; {} kills, {} of the server, {} stops, \
-             {} terminated and {} killed backends; leases of {:?}; PostgreSQL {version}, fsync {fsync}",
+            "campaign {}: seed {}, {} messages, {} workers and {} in SQL; {}; leases of {:?}; PostgreSQL {version}, \
+             fsync {fsync}",
             plan.name,
             plan.seed,
             plan.messages,
             plan.workers,
             plan.plains,
-            plan.kills,
-            plan.server_kills,
-            plan.stops,
-            plan.terminations,
-            plan.backend_kills,
+            plan.faults_in_words(),
             plan.lease
         );
         let journal = Journal::open(&dir.join("director.log"))?;
         let chance = Chance::new(plan.seed);
-        Ok(Director { plan, args, dir, journal, server, members: Vec::new(), chance })
+        Ok(Director { plan, args, dir, journal, stage, members: Vec::new(), chance, cuts: 0, full_disks: 0 })
     }
 
     fn play(&mut self) -> Result<(), BoxError> {
@@ -175,6 +175,8 @@ impl<'a> Director<'a> {
         self.raise(last, LAST_INTERVAL)?;
         self.await_producers()?;
         self.let_go_on()?;
+        self.right_clock()?;
+        self.calm()?;
         self.drain()?;
         self.dismiss()
     }
@@ -182,13 +184,14 @@ impl<'a> Director<'a> {
     // Processes.
 
     fn join(&mut self, role: Role, name: String, share: u64) -> Result<(), BoxError> {
-        let args = self.args.clone().with("url", self.server.url()).with("name", &name).with("share", share);
-        let child = self.spawn(role, &name, &args, 1)?;
-        self.members.push(Member { role, name, args, child, lives: 1, stopped_until: None });
+        let url = self.stage.url(self.members.len());
+        let args = self.args.clone().with("url", url).with("name", &name).with("share", share);
+        let (child, log) = self.spawn(role, &name, &args, 1)?;
+        self.members.push(Member { role, name, args, child, lives: 1, log, stopped_until: None });
         Ok(())
     }
 
-    fn spawn(&self, role: Role, name: &str, args: &Args, life: u32) -> Result<Child, BoxError> {
+    fn spawn(&self, role: Role, name: &str, args: &Args, life: u32) -> Result<(Child, Log), BoxError> {
         let word = match role {
             Role::Producer => "producer",
             Role::Worker | Role::Order => "worker",
@@ -201,7 +204,7 @@ impl<'a> Director<'a> {
             .args(args.line())
             .stdin(Stdio::piped())
             .spawn()?;
-        Ok(spawned)
+        Ok((spawned, Log { path: log, read: 0, alive: 0 }))
     }
 
     /// Those that may be killed and stopped, and run.
@@ -253,17 +256,7 @@ impl<'a> Director<'a> {
 
     /// All faults in a random order, and a few that are kept for the end.
     fn draw_faults(&mut self) -> (Vec<Fault>, Vec<Fault>) {
-        let plan = self.plan;
-        let mut faults = Vec::new();
-        for (fault, count) in [
-            (Fault::Kill, plan.kills),
-            (Fault::KillServer, plan.server_kills),
-            (Fault::Stop, plan.stops),
-            (Fault::Terminate, plan.terminations),
-            (Fault::KillBackend, plan.backend_kills),
-        ] {
-            faults.extend((0..count).map(|_| fault));
-        }
+        let mut faults = self.plan.all_faults();
         for n in (1..faults.len()).rev() {
             faults.swap(n, self.chance.place(n + 1));
         }
@@ -281,6 +274,13 @@ impl<'a> Director<'a> {
                 Fault::Stop => self.stop_one()?,
                 Fault::Terminate => self.end_backend("terminate")?,
                 Fault::KillBackend => self.end_backend("kill")?,
+                Fault::CutNetwork => self.cut_network()?,
+                Fault::Promote => self.promote()?,
+                Fault::FillDisk => self.fill_disk()?,
+                Fault::TakeConnections => self.take_connections()?,
+                Fault::EndIdle => self.end_idle()?,
+                Fault::OnlyRead => self.only_read()?,
+                Fault::StepClock => self.step_clock()?,
             }
         }
         Ok(())
@@ -314,7 +314,7 @@ impl<'a> Director<'a> {
     }
 
     /// Sleeps, lets those go on whose time has come, and looks whether all live.
-    fn rest(&mut self, until: Instant) -> Result<(), BoxError> {
+    pub(crate) fn rest(&mut self, until: Instant) -> Result<(), BoxError> {
         loop {
             let now = Instant::now();
             for member in &mut self.members {
@@ -345,15 +345,16 @@ impl<'a> Director<'a> {
         self.journal.line(format!("fault kill {}", member.name));
         member.lives += 1;
         let (role, name, args, life) = (member.role, member.name.clone(), member.args.clone(), member.lives);
-        self.members[at].child = self.spawn(role, &name, &args, life)?;
+        let (child, log) = self.spawn(role, &name, &args, life)?;
+        (self.members[at].child, self.members[at].log) = (child, log);
         Ok(())
     }
 
     fn kill_server(&mut self) -> Result<(), BoxError> {
-        self.server.kill()?;
+        self.stage.server.kill()?;
         self.journal.line("fault kill server");
         thread::sleep(self.chance.up_to(Duration::from_millis(300)));
-        self.server.start_again()?;
+        self.stage.server.start_again()?;
         self.journal.line("fault server is back");
         Ok(())
     }
@@ -391,9 +392,38 @@ impl<'a> Director<'a> {
         Ok(())
     }
 
+    /// Notes that a fault has ended, and waits until all clients were served again, or should have been.
+    pub(crate) fn mended(&mut self, fault: Fault) -> Result<(), BoxError> {
+        let Some(within) = fault.mended_within() else { return Ok(()) };
+        self.journal.line(format!("mended {} {fault:?}", within.as_micros()));
+        let (since, deadline) = (now(), Instant::now() + within);
+        while Instant::now() < deadline {
+            let mut waiting = false;
+            for member in &mut self.members {
+                // A producer may have ended, as it should.
+                waiting |= member.child.try_wait()?.is_none() && !member.log.is_alive_since(since)?;
+            }
+            if !waiting {
+                return Ok(());
+            }
+            self.rest(Instant::now() + Duration::from_millis(20))?;
+        }
+        Ok(())
+    }
+
+    /// Tells the clients that the faults are over.
+    fn calm(&mut self) -> Result<(), BoxError> {
+        for member in &mut self.members {
+            if let Some(stdin) = &mut member.child.stdin {
+                stdin.write_all(b"calm\n")?;
+            }
+        }
+        Ok(())
+    }
+
     /// A connection of the director's own, as soon as the server takes it.
-    fn connect(&self) -> Result<Client, BoxError> {
-        let mut config: Config = self.server.url().parse()?;
+    pub(crate) fn connect(&self) -> Result<Client, BoxError> {
+        let mut config: Config = self.stage.server.url().parse()?;
         config.application_name("director");
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -440,6 +470,25 @@ impl<'a> Director<'a> {
         println!("{} lines in the logs, {} torn ones", history.lines, history.torn);
         print!("{}", render(&properties, &history));
         Ok(properties)
+    }
+}
+
+impl Log {
+    /// Whether its client has noted since then that it was served.
+    fn is_alive_since(&mut self, since: i64) -> Result<bool, BoxError> {
+        let Ok(mut file) = File::open(&self.path) else { return Ok(false) };
+        file.seek(SeekFrom::Start(self.read))?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text)?;
+        // A line that is not whole yet is read next time.
+        let end = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        self.read += end as u64;
+        for line in String::from_utf8_lossy(&text[..end]).lines() {
+            if let Some((wall, Entry::Alive)) = Entry::read(line) {
+                self.alive = wall;
+            }
+        }
+        Ok(self.alive > since)
     }
 }
 

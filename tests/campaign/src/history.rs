@@ -1,6 +1,6 @@
 //! All logs of a campaign, by message.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -21,10 +21,29 @@ pub(crate) struct History {
     /// The messages of the topic `order` as they were pushed, and as they were got.
     pub(crate) pushed_in_order: HashMap<Uuid, usize>,
     pub(crate) got_in_order: Vec<(Uuid, i64, Place)>,
+    /// Those that say all the time whether they are served, by file.
+    pub(crate) clients: BTreeMap<usize, Client>,
+    /// When a fault ended, and in what time all clients have to be served again.
+    pub(crate) mended: Vec<(i64, i64, Place)>,
+    /// From when to when commits may have been lost with a server that a standby took over from.
+    pub(crate) windows: Vec<(i64, i64)>,
+    /// The keys of tokens that servers handed out which are gone, and when.
+    pub(crate) granted: HashMap<String, i64>,
+    /// How often the server's clock was stepped.
+    pub(crate) steps: u64,
     pub(crate) calm: Option<(i64, i64)>,
     pub(crate) drained: Option<i64>,
     pub(crate) lines: u64,
     pub(crate) torn: u64,
+}
+
+/// From when to when a client was there, and when it was served meanwhile.
+#[derive(Debug)]
+pub(crate) struct Client {
+    pub(crate) begun: i64,
+    pub(crate) ended: Option<i64>,
+    pub(crate) alive: Vec<i64>,
+    pub(crate) place: Place,
 }
 
 /// What is known of a message.
@@ -42,7 +61,8 @@ pub(crate) struct Pushed {
     pub(crate) name: Box<str>,
     pub(crate) hash: u64,
     pub(crate) calls: u32,
-    pub(crate) is_answered: bool,
+    /// When the last call that succeeded was answered.
+    pub(crate) answered: Option<i64>,
     pub(crate) place: Place,
 }
 
@@ -59,7 +79,9 @@ pub(crate) struct Grant {
 pub(crate) struct Settle {
     pub(crate) fence: i64,
     pub(crate) verb: Verb,
+    /// When it began, and when it was answered.
     pub(crate) wall: i64,
+    pub(crate) answered: Option<i64>,
     pub(crate) outcome: Outcome,
     pub(crate) place: Place,
 }
@@ -142,15 +164,17 @@ impl History {
                     name: name.into(),
                     hash,
                     calls: 0,
-                    is_answered: false,
+                    answered: None,
                     place,
                 });
                 push.calls += 1;
             }
             Entry::Pushed { call, outcome } => {
                 for id in open.pushes.remove(&call).unwrap_or_default() {
-                    if let Some(push) = self.known.entry(id).or_default().push.as_mut() {
-                        push.is_answered |= outcome == Outcome::Ok;
+                    if let Some(push) = self.known.entry(id).or_default().push.as_mut()
+                        && outcome == Outcome::Ok
+                    {
+                        push.answered = Some(wall);
                     }
                 }
             }
@@ -182,6 +206,7 @@ impl History {
                     let outcome = if lost.contains(&id) { Outcome::Lost } else { outcome };
                     if let Some(settle) = self.known.entry(id).or_default().settles.get_mut(at) {
                         settle.outcome = outcome;
+                        settle.answered = Some(wall);
                     }
                 }
             }
@@ -190,6 +215,7 @@ impl History {
                     let known = self.known.entry(id).or_default();
                     let Some(settle) = known.settles.get_mut(at) else { continue };
                     settle.outcome = outcome;
+                    settle.answered = Some(wall);
                     let fence = settle.fence;
                     for grant in
                         known.grants.iter_mut().filter(|g| g.fence == fence && outcome == Outcome::Ok)
@@ -198,6 +224,22 @@ impl History {
                     }
                 }
             }
+            Entry::Begun => {
+                let client = Client { begun: wall, ended: None, alive: Vec::new(), place };
+                self.clients.insert(place.0, client);
+            }
+            Entry::Alive => {
+                self.clients.entry(place.0).and_modify(|client| client.alive.push(wall));
+            }
+            Entry::Ended => {
+                self.clients.entry(place.0).and_modify(|client| client.ended = Some(wall));
+            }
+            Entry::Mended { within } => self.mended.push((wall, within, place)),
+            Entry::Window { from, to } => self.windows.push((from, to)),
+            Entry::Granted { key, at } => {
+                self.granted.insert(key, at);
+            }
+            Entry::Step => self.steps += 1,
             Entry::Calm { bound } => self.calm = Some((wall, bound)),
             Entry::Drained => self.drained = Some(wall),
             Entry::Other => {}
@@ -216,8 +258,22 @@ impl History {
         for (id, fence) in deliveries {
             let settles = &mut self.known.entry(id).or_default().settles;
             open.settles.entry(call).or_default().push((id, settles.len()));
-            settles.push(Settle { fence, verb, wall, outcome: Outcome::Unknown, place });
+            settles.push(Settle { fence, verb, wall, answered: None, outcome: Outcome::Unknown, place });
         }
+    }
+
+    /// Whether what happened within some time may have been lost with a server that a standby took over from.
+    pub(crate) fn may_be_lost(&self, from: i64, to: i64) -> bool {
+        self.windows.iter().any(|(begin, end)| from <= *end && to >= *begin)
+    }
+
+    /// Whether a part of what clients know of a message may have been lost so.
+    pub(crate) fn is_doubtful(&self, known: &Known) -> bool {
+        let pushed = known.push.iter().filter_map(|push| push.answered).map(|at| (at, at));
+        let granted = known.grants.iter().map(|grant| (grant.wall, grant.wall));
+        // Without an answer, it may have been carried out at any time since.
+        let settled = known.settles.iter().map(|s| (s.wall, s.answered.unwrap_or(i64::MAX)));
+        pushed.chain(granted).chain(settled).any(|(from, to)| self.may_be_lost(from, to))
     }
 
     /// The line of a place, with the name of its file.

@@ -15,6 +15,11 @@
 //! | `extend CALL ID:FENCE` | a lease is about to be extended |
 //! | `extended CALL OUTCOME DEADLINE` | what came of it |
 //! | `fault ..`, `note ..` | by the director: what it did; by others: what they met |
+//! | `begun`, `alive`, `ended` | a client is there from now on; a round of its pulse was answered; it ends as it was told |
+//! | `mended WITHIN ..` | by the director: a fault has ended, and in what time all clients must be served again |
+//! | `window FROM TO` | by the director: a standby took over, and what was committed between these two may be lost |
+//! | `granted KEY AT` | by the director: such a lease was there before the server was killed |
+//! | `step OFFSET` | by the director: how far the server's clock is ahead from now on |
 //! | `calm BOUND`, `drained` | faults have ended, and by when the backlog must be gone; it is gone |
 //!
 //! An outcome is `ok`, `failed:KIND`, or `unknown:KIND` when the reply that would have said so never came.
@@ -101,6 +106,13 @@ pub(crate) enum Entry {
     Settled { call: u64, outcome: Outcome, lost: Vec<Uuid> },
     Extend { call: u64, id: Uuid, fence: i64 },
     Extended { call: u64, outcome: Outcome, deadline: i64 },
+    Begun,
+    Alive,
+    Ended,
+    Mended { within: i64 },
+    Window { from: i64, to: i64 },
+    Granted { key: String, at: i64 },
+    Step,
     Calm { bound: i64 },
     Drained,
     Other,
@@ -167,6 +179,13 @@ impl Entry {
                 outcome: Outcome::read(words.next()?)?,
                 deadline: words.next()?.parse().ok()?,
             },
+            "begun" => Entry::Begun,
+            "alive" => Entry::Alive,
+            "ended" => Entry::Ended,
+            "mended" => Entry::Mended { within: words.next()?.parse().ok()? },
+            "window" => Entry::Window { from: words.next()?.parse().ok()?, to: words.next()?.parse().ok()? },
+            "granted" => Entry::Granted { key: words.next()?.to_owned(), at: words.next()?.parse().ok()? },
+            "step" => Entry::Step,
             "calm" => Entry::Calm { bound: words.next()?.parse().ok()? },
             "drained" => Entry::Drained,
             "fault" | "note" => Entry::Other,

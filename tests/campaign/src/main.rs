@@ -9,13 +9,19 @@ mod args;
 mod broken;
 mod chance;
 mod check;
+mod clock;
 mod director;
+mod failover;
 mod history;
 mod journal;
+mod network;
 mod plain;
 mod plan;
 mod producer;
+mod pulse;
+mod resources;
 mod soak;
+mod stage;
 mod store;
 #[cfg(test)]
 mod synthetic;
@@ -26,15 +32,20 @@ use std::process::ExitCode;
 use pushpop_pg::BoxError;
 
 use crate::args::Args;
-use crate::plan::Plan;
+use crate::plan::{Fault, Plan};
 
 /// Options of a campaign, and those with which it starts its children.
-const OPTIONS: [&str; 29] = [
+const OPTIONS: [&str; 37] = [
     "backend-kills",
     "batch",
     "broken",
+    "clock-steps",
+    "cuts",
     "effects-share",
     "forget",
+    "full-disks",
+    "full-servers",
+    "idle-kills",
     "in-transaction",
     "interval",
     "kills",
@@ -48,7 +59,10 @@ const OPTIONS: [&str; 29] = [
     "plain-share",
     "plains",
     "poll",
+    "promotions",
     "rate",
+    "read-onlys",
+    "scratch",
     "seed",
     "server-kills",
     "share",
@@ -104,6 +118,7 @@ fn run() -> Result<bool, BoxError> {
     let plan = Plan::read(&name, &args)?;
     match role {
         Some(run) => run(&plan, &args).map(|()| true),
+        None if plan.count(Fault::FillDisk) > 0 && !resources::has_disk() => Err(resources::enter_disk()),
         None => director::run(&plan, &args),
     }
 }

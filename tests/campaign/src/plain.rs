@@ -17,6 +17,7 @@ use crate::args::Args;
 use crate::chance::hash;
 use crate::journal::Journal;
 use crate::plan::{PLAIN, Plan};
+use crate::pulse::PERIOD;
 
 /// `wait_for` is to be called again before its half minute is over.
 const AGAIN: Duration = Duration::from_secs(25);
@@ -37,10 +38,16 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
     let plain = Plain { plan, args, journal: Journal::open(Path::new(args.text("log")?))?, stop: &stop };
     thread::scope(|scope| {
         let plain = &plain;
+        if plan.has_pulse() {
+            plain.journal.line("begun");
+        }
         scope.spawn(move || plain.consume(&config));
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
         stop.store(true, Ordering::Relaxed);
     });
+    if plan.has_pulse() {
+        plain.journal.line("ended");
+    }
     Ok(())
 }
 
@@ -67,8 +74,13 @@ impl Plain<'_> {
     }
 
     fn serve(&self, client: &mut Client) -> Result<(), postgres::Error> {
+        let mut alive = Instant::now();
         while !self.is_over() {
             let rows = client.query(POP, &[&PLAIN, &self.plan.lease.as_secs_f64()])?;
+            if self.plan.has_pulse() && alive.elapsed() > PERIOD {
+                self.journal.line("alive");
+                alive = Instant::now();
+            }
             self.journal.lines(rows.iter().map(|row| {
                 let deadline = row.get::<_, OffsetDateTime>(3).unix_timestamp_nanos() / 1000;
                 let (id, attempt, fence): (Uuid, i32, i64) = (row.get(0), row.get(4), row.get(5));

@@ -35,12 +35,8 @@ pub(crate) struct Plan {
     pub(crate) workers: usize,
     pub(crate) plains: usize,
 
-    // Faults, and the time from one to the next.
-    pub(crate) kills: u64,
-    pub(crate) server_kills: u64,
-    pub(crate) stops: u64,
-    pub(crate) terminations: u64,
-    pub(crate) backend_kills: u64,
+    /// How often each fault, and the time from one to the next.
+    faults: Vec<(Fault, u64)>,
     pub(crate) interval: Duration,
     /// How long the producers take, so that there is something to do until the last fault.
     pub(crate) spread: Duration,
@@ -59,60 +55,133 @@ pub(crate) struct Plan {
     pub(crate) shares: [u64; 3],
     /// Nobody polls: what is not woken sleeps on. For the variants that lose wake-ups.
     pub(crate) wakes_only: bool,
+
+    /// How long clients wait for an answer, and for a connection.
+    pub(crate) timeouts: [Duration; 2],
+    /// The server has a standby, which takes its place.
+    pub(crate) replication: Option<Replication>,
 }
 
-/// Name, messages, worker kills, server kills, stops, terminations, backend kills, milliseconds between faults.
-const TABLE: [(&str, [u64; 7]); 7] = [
-    ("quiet", [1_000, 0, 0, 0, 0, 0, 0]),
-    ("smoke", [15_000, 200, 5, 0, 0, 0, 400]),
-    ("kills", [60_000, 1_000, 100, 0, 0, 0, 300]),
-    ("million", [1_000_000, 100, 0, 0, 0, 0, 2_000]),
-    ("pauses", [12_000, 0, 0, 500, 0, 0, 450]),
-    ("backends", [20_000, 0, 0, 0, 300, 50, 400]),
-    ("effects", [111_112, 200, 0, 0, 0, 0, 1_000]),
+/// How a standby follows its server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Replication {
+    /// A commit is answered when the standby has it.
+    Synchronous,
+    /// Commits may be lost when the standby takes over.
+    Asynchronous,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// Of a client.
+    Kill,
+    KillServer,
+    Stop,
+    Terminate,
+    KillBackend,
+    CutNetwork,
+    Promote,
+    FillDisk,
+    TakeConnections,
+    EndIdle,
+    OnlyRead,
+    StepClock,
+}
+
+impl Fault {
+    /// All of them, with the options that say how many, and how long each takes together with its mending.
+    pub(crate) const ALL: [(Fault, &'static str, u64); 12] = [
+        (Fault::Kill, "kills", 0),
+        // A server that was killed needs a moment to come back.
+        (Fault::KillServer, "server-kills", 800),
+        (Fault::Stop, "stops", 0),
+        (Fault::Terminate, "terminations", 0),
+        (Fault::KillBackend, "backend-kills", 800),
+        (Fault::CutNetwork, "cuts", 3_300),
+        (Fault::Promote, "promotions", 4_500),
+        (Fault::FillDisk, "full-disks", 3_200),
+        (Fault::TakeConnections, "full-servers", 3_200),
+        (Fault::EndIdle, "idle-kills", 1_500),
+        (Fault::OnlyRead, "read-onlys", 3_200),
+        (Fault::StepClock, "clock-steps", 300),
+    ];
+
+    /// A fault that ends at a certain moment: in what time every client has to be served again, by itself. What is
+    /// allowed for a loaded machine is in it.
+    pub(crate) fn mended_within(self) -> Option<Duration> {
+        match self {
+            Fault::CutNetwork | Fault::Promote => Some(Duration::from_secs(10)),
+            Fault::FillDisk
+            | Fault::TakeConnections
+            | Fault::EndIdle
+            | Fault::OnlyRead
+            | Fault::StepClock => Some(Duration::from_secs(5 + 2)),
+            _ => None,
+        }
+    }
+}
+
+/// A network that is cut hides for good what is on its way: clients must not wait for long.
+const SHORT_TIMEOUTS: [Duration; 2] = [Duration::from_secs(2), Duration::from_secs(1)];
+const TIMEOUTS: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(2)];
+
+/// Name, messages, milliseconds between faults, and which of those.
+type Row = (&'static str, u64, u64, &'static [(Fault, u64)]);
+
+#[rustfmt::skip]
+const TABLE: [Row; 12] = [
+    ("quiet", 1_000, 0, &[]),
+    ("smoke", 15_000, 400, &[(Fault::Kill, 200), (Fault::KillServer, 5)]),
+    ("kills", 60_000, 300, &[(Fault::Kill, 1_000), (Fault::KillServer, 100)]),
+    ("million", 1_000_000, 2_000, &[(Fault::Kill, 100)]),
+    ("pauses", 12_000, 450, &[(Fault::Stop, 500)]),
+    ("backends", 20_000, 400, &[(Fault::Terminate, 300), (Fault::KillBackend, 50)]),
+    ("effects", 111_112, 1_000, &[(Fault::Kill, 200)]),
+    ("network", 20_000, 1_000, &[(Fault::CutNetwork, 60)]),
+    ("failover", 10_000, 2_000, &[(Fault::Promote, 20)]),
+    ("failover-async", 10_000, 2_000, &[(Fault::Promote, 20)]),
+    ("resources", 15_000, 1_000, &[
+        (Fault::FillDisk, 10), (Fault::TakeConnections, 10), (Fault::EndIdle, 10), (Fault::OnlyRead, 10),
+    ]),
+    ("clock", 15_000, 2_000, &[(Fault::StepClock, 40)]),
 ];
 
 impl Plan {
     pub(crate) fn names() -> impl Iterator<Item = &'static str> {
-        TABLE.iter().map(|(name, _)| *name)
+        TABLE.iter().map(|(name, ..)| *name)
     }
 
     /// The campaign of a name, with the numbers that the arguments say instead.
     pub(crate) fn read(name: &str, args: &Args) -> Result<Plan, BoxError> {
-        let known = TABLE.iter().find(|(known, _)| *known == name);
-        let (_, [messages, kills, server_kills, stops, terminations, backend_kills, interval]) =
-            known.ok_or_else(|| format!("there is no campaign {name}"))?;
+        let known = TABLE.iter().find(|(known, ..)| *known == name);
+        let (_, messages, interval, usual) = known.ok_or_else(|| format!("there is no campaign {name}"))?;
         let pauses = name == "pauses";
         let (shares, batch) = match name {
             "effects" => ([90, 0, 10], 20),
             "million" => ([0, 0, 2], 500),
+            // One written by hand would need time-outs of its own to notice that nobody answers.
+            "network" => ([15, 0, 10], 60),
             _ => ([15, 10, 10], 60),
         };
         let number = |option: &str, default: u64| args.number(option, default);
         let wakes_only = number("wakes-only", 0)? > 0;
         let poll = Duration::from_secs(if wakes_only { 3600 } else { 1 });
-        let [kills, server_kills, stops, terminations, backend_kills] = [
-            number("kills", *kills)?,
-            number("server-kills", *server_kills)?,
-            number("stops", *stops)?,
-            number("terminations", *terminations)?,
-            number("backend-kills", *backend_kills)?,
-        ];
+        let mut faults = Vec::new();
+        for (fault, option, _) in Fault::ALL {
+            let default = usual.iter().find(|(usual, _)| *usual == fault).map_or(0, |(_, count)| *count);
+            faults.push((fault, number(option, default)?));
+        }
         let interval = number("interval", *interval)?;
-        let faults = kills + server_kills + stops + terminations + backend_kills;
-        // A server that was killed needs a moment to come back.
-        let spread = interval * faults + 800 * (server_kills + backend_kills);
+        let spread = faults.iter().zip(Fault::ALL).map(|((_, n), (.., takes))| n * (interval + takes)).sum();
+        let synchronous = (name == "failover").then_some(Replication::Synchronous);
+        let asynchronous = (name == "failover-async").then_some(Replication::Asynchronous);
         let plan = Plan {
             name: name.to_owned(),
             seed: number("seed", 1)?,
             messages: number("messages", *messages)?,
             workers: args.number("workers", 8)?,
             plains: args.number("plains", usize::from(shares[1] > 0))?,
-            kills,
-            server_kills,
-            stops,
-            terminations,
-            backend_kills,
+            faults,
             interval: Duration::from_millis(interval),
             spread: Duration::from_millis(number("spread", spread)?),
             lease: args.millis("lease", Duration::from_secs(if pauses { 1 } else { 2 }))?,
@@ -127,11 +196,42 @@ impl Plan {
                 number("order-share", shares[2])?,
             ],
             wakes_only,
+            timeouts: if name == "network" { SHORT_TIMEOUTS } else { TIMEOUTS },
+            replication: synchronous.or(asynchronous),
         };
         if plan.shares.iter().sum::<u64>() > 100 {
             return Err("the shares of the topics are more than a hundred".into());
         }
+        if plan.count(Fault::Promote) > 0 && plan.replication.is_none() {
+            return Err("there is a standby in the campaigns failover and failover-async only".into());
+        }
+        if plan.has_pulse() && plan.count(Fault::Kill) > 0 {
+            return Err("a client that is killed cannot be asked whether it is served again".into());
+        }
         Ok(plan)
+    }
+
+    /// How often a fault comes.
+    pub(crate) fn count(&self, fault: Fault) -> u64 {
+        self.faults.iter().filter(|(known, _)| *known == fault).map(|(_, count)| count).sum()
+    }
+
+    /// All faults, one by one.
+    pub(crate) fn all_faults(&self) -> Vec<Fault> {
+        self.faults.iter().flat_map(|(fault, count)| (0..*count).map(|_| *fault)).collect()
+    }
+
+    /// The faults in words.
+    pub(crate) fn faults_in_words(&self) -> String {
+        let words = Fault::ALL.iter().filter(|(fault, ..)| self.count(*fault) > 0);
+        let words: Vec<String> =
+            words.map(|(fault, option, _)| format!("{} {option}", self.count(*fault))).collect();
+        if words.is_empty() { "no faults".into() } else { words.join(", ") }
+    }
+
+    /// Whether clients say all the time that they are served, as there are faults after which that is asked.
+    pub(crate) fn has_pulse(&self) -> bool {
+        self.faults.iter().any(|(fault, count)| *count > 0 && fault.mended_within().is_some())
     }
 
     pub(crate) fn ordered(&self) -> u64 {

@@ -2,6 +2,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use crate::args::Args;
 use crate::chance::{Chance, hash};
 use crate::journal::{Journal, outcome};
 use crate::plan::{EFFECTS, ORDER, PLAIN, Plan, WORK};
+use crate::pulse::{self, PULSE};
 
 /// How long a push is repeated before the producer gives up: longer than any fault lasts.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -23,8 +25,8 @@ struct Producer<'a> {
     name: &'a str,
     plan: &'a Plan,
     args: &'a Args,
-    journal: Journal,
-    queue: Queue,
+    journal: &'a Journal,
+    queue: &'a Queue,
     chance: Chance,
     made: u64,
 }
@@ -41,7 +43,27 @@ struct Made {
 pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
     let name = args.text("name")?;
     let journal = Journal::open(Path::new(args.text("log")?))?;
-    let queue = crate::worker::open(plan, args.text("url")?, &format!("campaign {name}"))?;
+    let queue = crate::worker::open(plan, args, &format!("campaign {name}"))?;
+    let over = AtomicBool::new(false);
+    let pushed = thread::scope(|scope| {
+        let (journal, queue, is_over) = (&journal, &queue, || over.load(Ordering::Relaxed));
+        if plan.has_pulse() {
+            journal.line("begun");
+            scope
+                .spawn(move || pulse::push(queue, journal, (PULSE, name), is_over, || journal.line("alive")));
+        }
+        let pushed = push_all(plan, args, (journal, queue));
+        over.store(true, Ordering::Relaxed);
+        pushed
+    });
+    if plan.has_pulse() {
+        journal.line("ended");
+    }
+    pushed
+}
+
+fn push_all(plan: &Plan, args: &Args, (journal, queue): (&Journal, &Queue)) -> Result<(), BoxError> {
+    let name = args.text("name")?;
     let chance = Chance::new(plan.seed ^ hash(name.as_bytes()));
     let share = args.number("share", plan.messages)?;
     let mut producer = Producer { name, plan, args, journal, queue, chance, made: 0 };
@@ -137,7 +159,7 @@ impl Producer<'_> {
                 let (id, hash) = (made.message.id(), hash(&made.payload));
                 format!("push {call} {topic} {id} {} {hash:016x}", made.name)
             }));
-            let error = match push(&self.queue, &made) {
+            let error = match push(self.queue, &made) {
                 // Now and then as if the answer had been lost on its way.
                 Ok(_) if self.chance.below(1000) < self.plan.lost_answers => {
                     self.journal.line(format!("pushed {call} unknown:Pretended"));

@@ -15,6 +15,7 @@ use crate::chance::hash;
 pub(crate) const SETUP: &str = "
     create schema campaign;
     create table campaign.effects (id uuid not null, fence bigint not null);
+    create table campaign.beats (at timestamptz not null);
     create table campaign.grants (
         at timestamptz not null, key bytea not null, ids uuid[] not null, fences bigint[] not null
     );
@@ -48,6 +49,8 @@ pub(crate) struct Store {
     pub(crate) effects: HashMap<Uuid, u64>,
     /// Deliveries by message: number, and when.
     pub(crate) grants: HashMap<Uuid, Vec<Granted>>,
+    /// The keys of tokens, and when they were given.
+    pub(crate) keys: HashMap<String, i64>,
     pub(crate) tokens: u64,
     pub(crate) repeated_tokens: u64,
 }
@@ -79,7 +82,7 @@ impl Stored {
     }
 }
 
-fn micros(time: OffsetDateTime) -> i64 {
+pub(crate) fn micros(time: OffsetDateTime) -> i64 {
     i64::try_from(time.unix_timestamp_nanos() / 1000).unwrap_or(i64::MAX)
 }
 
@@ -102,10 +105,11 @@ pub(crate) fn read(client: &mut Client) -> Result<Store, BoxError> {
         store.messages.insert(row.get(0), stored);
     }
     drop(rows);
-    let sql = "select g.at, g.ids, g.fences from campaign.grants g";
+    let sql = "select g.at, g.ids, g.fences, encode(g.key, 'hex') from campaign.grants g";
     let mut rows = client.query_raw(sql, none)?;
     while let Some(row) = rows.next()? {
         let at = micros(row.get(0));
+        store.keys.insert(row.get(3), at);
         let (ids, fences): (Vec<Uuid>, Vec<i64>) = (row.get(1), row.get(2));
         for (id, fence) in ids.into_iter().zip(fences) {
             store.grants.entry(id).or_default().push(Granted { fence, at });

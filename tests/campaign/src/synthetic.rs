@@ -19,6 +19,7 @@ const ORDER: usize = 5;
 const LIVENESS: usize = 6;
 const EXACTLY_ONE_EFFECT: usize = 7;
 const PUSHED_ONCE: usize = 8;
+const SERVED_AGAIN: usize = 9;
 
 /// Message A, of the topic `effects`, is lost by one consumer and completed by another. B and C are in order.
 const PRODUCER: &str = "
@@ -100,13 +101,12 @@ impl World {
         let dir = std::env::temp_dir().join(format!("pushpop-synthetic-{}", Uuid::now_v7()));
         fs::create_dir(&dir).unwrap();
         for (name, text) in &self.logs {
-            let text = text
-                .trim_start()
-                .replace("A:", &format!("{}:", id('A')))
-                .replace("B:", &format!("{}:", id('B')));
-            let text = text.replace("C:", &format!("{}:", id('C'))).replace(" A ", &format!(" {} ", id('A')));
-            let text =
-                text.replace(" B ", &format!(" {} ", id('B'))).replace(" C ", &format!(" {} ", id('C')));
+            let mut text = text.trim_start().to_owned();
+            for letter in ['A', 'B', 'C', 'D'] {
+                let id = id(letter);
+                text = text.replace(&format!("{letter}:"), &format!("{id}:"));
+                text = text.replace(&format!(" {letter} "), &format!(" {id} "));
+            }
             fs::write(dir.join(format!("{name}.log")), text).unwrap();
         }
         let history = History::read(&dir).unwrap();
@@ -276,6 +276,31 @@ fn messages_come_out_of_order() {
     assert_eq!(world.judged(), [ORDER]);
 }
 
+/// The consumer gives up a pop that takes the front of a run, and is served the next run before the rest.
+#[test]
+fn a_pop_that_was_given_up_holds_the_rest_of_its_run() {
+    let judged = |granted| {
+        let mut world = World::new()
+            .with("1040 0 push 3 order C o-2 0c", "1040 0 push 3 order C o-2 0c\n1040 0 push 3 order D o-3 0d")
+            .with(
+                "2000 0 grant order B:1 1 5000 0b\n2000 0 grant order C:1 1 5000 0c",
+                "2000 0 grant order D:1 1 5000 0d\n2050 0 grant order C:1 1 5000 0c\n2060 0 grant order B:2 2 5000 0b",
+            )
+            .with("2100 0 work B:1 C:1", "2100 0 work B:2 C:1 D:1")
+            .with("2200 0 settle 1 complete B:1 C:1", "2200 0 settle 1 complete B:2 C:1 D:1");
+        world.stored('B').fence = 2;
+        let last = Stored { name: "o-3".into(), hash: 13, ..world.stored('C').clone() };
+        world.store.messages.insert(id('D'), last);
+        world.store.grants.insert(id('B'), granted);
+        world.judged()
+    };
+    let (first, second) = (Granted { fence: 1, at: 1900 }, Granted { fence: 2, at: 2055 });
+    assert_eq!(judged(vec![first, second]), [0; 0]);
+    // Nobody held anything, or only later.
+    assert_eq!(judged(vec![second]), [ORDER]);
+    assert_eq!(judged(vec![Granted { at: 2001, ..first }, second]), [ORDER]);
+}
+
 #[test]
 fn the_backlog_is_gone_late_or_never() {
     assert_eq!(World::new().with("8900 0 drained", "9001 0 drained").judged(), [LIVENESS]);
@@ -296,4 +321,108 @@ fn a_push_is_stored_twice() {
     let mut world = World::new();
     world.stored('C').name = "o-1".into();
     assert_eq!(world.judged(), [PUSHED_ONCE]);
+}
+
+/// A fault has ended at 7000, and within 500 the consumer has to be served again.
+fn mended(consumer: &str) -> World {
+    let consumer = format!("2300 0 settled 1 ok\n{consumer}");
+    World::new()
+        .with("7000 0 fault kill worker1", "7000 0 mended 500 CutNetwork")
+        .with("2300 0 settled 1 ok", &consumer)
+}
+
+#[test]
+fn a_client_is_served_again_late_or_never() {
+    assert_eq!(mended("2300 0 begun\n6999 0 alive\n7500 0 alive").judged(), [0; 0]);
+    assert_eq!(mended("2300 0 begun\n6999 0 alive\n7501 0 alive").judged(), [SERVED_AGAIN]);
+    assert_eq!(mended("2300 0 begun\n6999 0 alive").judged(), [SERVED_AGAIN]);
+    assert_eq!(mended("2300 0 begun").judged(), [SERVED_AGAIN]);
+}
+
+#[test]
+fn a_client_that_was_not_there_need_not_be_served() {
+    assert_eq!(mended("2300 0 begun\n7400 0 ended").judged(), [0; 0]);
+    assert_eq!(mended("7001 0 begun").judged(), [0; 0]);
+    assert_eq!(mended("2300 0 begun\n7501 0 ended").judged(), [SERVED_AGAIN]);
+}
+
+/// A standby took over that may have lost what was committed between two times.
+fn taken_over(window: &str) -> World {
+    let window = format!("7000 0 window {window}");
+    World::new().with("7000 0 fault kill worker1", &window)
+}
+
+#[test]
+fn what_was_acknowledged_within_a_window_may_be_gone() {
+    let judged = |window, letter| {
+        let mut world = taken_over(window);
+        world.store.messages.remove(&id(letter));
+        world.store.effects.retain(|of, _| *of != id(letter));
+        world.judged()
+    };
+    assert_eq!(judged("1045 1055", 'B'), [0; 0]);
+    assert_eq!(judged("1051 1100", 'B'), [NO_LOSS, PUSHED_ONCE]);
+    assert_eq!(judged("1000 1049", 'B'), [NO_LOSS, PUSHED_ONCE]);
+    // It was answered before, even if a part of it was done within.
+    assert_eq!(judged("2000 7000", 'C'), [NO_LOSS, PUSHED_ONCE]);
+}
+
+#[test]
+fn what_was_handed_out_within_a_window_may_be_handed_out_again() {
+    let again = "6100 0 grant effects A:2 2 9000 0a\n6150 0 grant effects A:2 2 9000 0a";
+    let judged = |window| taken_over(window).with("6100 0 grant effects A:2 2 9000 0a", again).judged();
+    assert_eq!(judged("6090 6110"), [0; 0]);
+    assert_eq!(judged("6601 6700"), [ONE_LIVE_LEASE]);
+    let judged = |window| taken_over(window).with("settled 1 failed:LeaseLost", "settled 1 ok").judged();
+    assert_eq!(judged("6390 6410"), [0; 0]);
+    assert_eq!(judged("6601 6700"), [TOKENS]);
+}
+
+#[test]
+fn a_lost_window_excuses_no_wrong_order_beside_it() {
+    let judged = |window| {
+        taken_over(window)
+            .with(
+                "2000 0 grant order B:1 1 5000 0b\n2000 0 grant order C:1 1 5000 0c",
+                "2000 0 grant order C:1 1 5000 0c\n2000 0 grant order B:1 1 5000 0b",
+            )
+            .judged()
+    };
+    assert_eq!(judged("1990 2010"), [0; 0]);
+    assert_eq!(judged("3000 4000"), [ORDER]);
+}
+
+#[test]
+fn a_token_that_was_lost_comes_again() {
+    let judged = |at| {
+        let mut world = taken_over("6000 6200\n7000 0 granted aa 6099");
+        world.store.keys.insert("aa".into(), at);
+        world.judged()
+    };
+    assert_eq!(judged(6099), [0; 0]);
+    assert_eq!(judged(6500), [TOKENS]);
+}
+
+#[test]
+fn a_clock_that_is_stepped_excuses_order_and_no_early_lease() {
+    let stepped = || World::new().with("7000 0 fault kill worker1", "7000 0 step -60 by -60");
+    let early = |at| {
+        let mut world = stepped();
+        world.store.grants.get_mut(&id('A')).unwrap()[1].at = at;
+        world.judged()
+    };
+    assert_eq!(early(5000), [0; 0]);
+    assert_eq!(early(4999), [ONE_LIVE_LEASE]);
+    let world = stepped().with(
+        "2000 0 grant order B:1 1 5000 0b\n2000 0 grant order C:1 1 5000 0c",
+        "2000 0 grant order C:1 1 5000 0c\n2000 0 grant order B:1 1 5000 0b",
+    );
+    assert_eq!(world.judged(), [0; 0]);
+    // By the server's clock the next delivery came before this one was given back.
+    let released = "2000 0 grant effects A:1 1 5000 0a\n2100 0 settle 9 release A:1\n2200 0 settled 9 ok";
+    let mut world = stepped().with("2000 0 grant effects A:1 1 5000 0a", released);
+    world.store.grants.get_mut(&id('A')).unwrap()[1].at = 1500;
+    assert_eq!(world.judged(), [0; 0]);
+    // Whether a settle was stale is known by the clock of the clients.
+    assert_eq!(stepped().with("settled 1 failed:LeaseLost", "settled 1 ok").judged(), [TOKENS]);
 }

@@ -1,6 +1,6 @@
 //! A process that consumes with the library, until its standard input ends or it is killed.
 
-use std::io::Read;
+use std::io::BufRead;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,20 +13,23 @@ use crate::args::Args;
 use crate::chance::{Chance, hash};
 use crate::journal::{Journal, outcome};
 use crate::plan::{EFFECTS, ORDER, Plan, SCHEMA, WORK};
+use crate::pulse::{self, PULSE};
 
 /// How long a settle is repeated: longer than a server takes to come back.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Opens the queue, as soon as there is a server.
-pub(crate) fn open(plan: &Plan, url: &str, name: &str) -> Result<Queue, BoxError> {
+pub(crate) fn open(plan: &Plan, args: &Args, name: &str) -> Result<Queue, BoxError> {
+    let url = args.text("url")?;
+    let [operation, connect] = plan.timeouts;
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let opened = Queue::builder()
             .application_name(name)
             .lease(plan.lease)
             .poll_interval(plan.poll)
-            .operation_timeout(Duration::from_secs(10))
-            .connect_timeout(Duration::from_secs(2))
+            .operation_timeout(operation)
+            .connect_timeout(connect)
             // Whoever dies of its attempts was meant to.
             .max_attempts(None)
             .connect(url);
@@ -44,6 +47,7 @@ struct Worker<'a> {
     args: &'a Args,
     journal: &'a Journal,
     queue: &'a Queue,
+    name: &'a str,
     stop: &'a AtomicBool,
     /// What becomes of a message depends on the seed, and on nothing else that differs between runs.
     seed: u64,
@@ -64,13 +68,15 @@ enum Fate {
 pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
     let journal = Journal::open(Path::new(args.text("log")?))?;
     let name = args.text("name")?;
-    let queue = open(plan, args.text("url")?, &format!("campaign {name}"))?;
+    let queue = open(plan, args, &format!("campaign {name}"))?;
+    let calm = AtomicBool::new(false);
     let stop = AtomicBool::new(false);
     let worker = Worker {
         plan,
         args,
         journal: &journal,
         queue: &queue,
+        name,
         stop: &stop,
         seed: plan.seed ^ hash(name.as_bytes()),
     };
@@ -88,14 +94,53 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
                 scope.spawn(|| worker.with_effects());
             }
         }
-        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+        if plan.has_pulse() {
+            journal.line("begun");
+            let topic = pulse_of(name);
+            let is_over = || calm.load(Ordering::Relaxed);
+            scope.spawn(move || pulse::push(worker.queue, worker.journal, (&topic, name), is_over, || {}));
+            scope.spawn(|| worker.with_pulse());
+        }
+        // A line says that the faults have ended; the end, that there is no more to do.
+        for line in std::io::stdin().lock().lines() {
+            calm.store(true, Ordering::Relaxed);
+            if line.is_err() {
+                break;
+            }
+        }
+        calm.store(true, Ordering::Relaxed);
         stop.store(true, Ordering::Relaxed);
         queue.close();
     });
+    if plan.has_pulse() {
+        journal.line("ended");
+    }
     Ok(())
 }
 
+fn pulse_of(name: &str) -> String {
+    format!("{PULSE}-{name}")
+}
+
 impl Worker<'_> {
+    /// Consumes its own pulse, and that of the producers.
+    fn with_pulse(&self) {
+        let own = pulse_of(self.name);
+        while !self.is_over() {
+            let popped = self.queue.pop_any(&[&own, PULSE], Duration::from_secs(1));
+            if popped.is_err() && self.args.is_broken("gives-up") {
+                return;
+            }
+            for lease in self.popped(popped.map(|lease| lease.into_iter().collect())) {
+                let is_own = lease.topic() == own;
+                self.journal.line(format!("work {}", delivery(&lease)));
+                if self.is_settled(lease, "complete", Lease::complete) && is_own {
+                    self.journal.line("alive");
+                }
+            }
+        }
+    }
+
     fn is_over(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
@@ -255,19 +300,31 @@ impl Worker<'_> {
         self.until_settled(lease, "complete", Lease::complete);
     }
 
-    /// Settles, and repeats that until the answer is known.
-    fn until_settled(&self, mut lease: Lease, verb: &str, settle: impl Fn(Lease) -> Result<(), SettleError>) {
+    fn until_settled(&self, lease: Lease, verb: &str, settle: impl Fn(Lease) -> Result<(), SettleError>) {
+        self.is_settled(lease, verb, settle);
+    }
+
+    /// Settles, and repeats that until the answer is known; returns whether it was ok.
+    fn is_settled(
+        &self,
+        mut lease: Lease,
+        verb: &str,
+        settle: impl Fn(Lease) -> Result<(), SettleError>,
+    ) -> bool {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let call = self.journal.call();
             self.journal.line(format!("settle {call} {verb} {}", delivery(&lease)));
             match settle(lease) {
-                Ok(()) => return self.journal.line(format!("settled {call} ok")),
+                Ok(()) => {
+                    self.journal.line(format!("settled {call} ok"));
+                    return true;
+                }
                 Err(failed) => {
                     let (again, error) = failed.into_parts();
                     self.journal.line(format!("settled {call} {}", outcome(&error)));
                     if !error.is_retryable() || Instant::now() > deadline {
-                        return;
+                        return false;
                     }
                     lease = again;
                     thread::sleep(Duration::from_millis(20));

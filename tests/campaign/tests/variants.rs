@@ -13,6 +13,7 @@ const ORDER: u8 = 5;
 const LIVENESS: u8 = 6;
 const EXACTLY_ONE_EFFECT: u8 = 7;
 const PUSHED_ONCE: u8 = 8;
+const SERVED_AGAIN: u8 = 9;
 
 /// Consumers are killed while they hold messages.
 const KILLS: &str =
@@ -34,6 +35,17 @@ const CALM_WAKES: &str = "quiet --messages 60 --workers 0 --order-share 0 --plai
 /// The same with the library, which has only its notifications to wake it.
 const WAKES_LIBRARY: &str = "quiet --messages 100 --workers 1 --plains 0 --plain-share 0 --order-share 0 --effects-share 0 \
      --wakes-only 1 --in-transaction 0 --terminations 8 --interval 250 --batch 2 --lease 1000";
+
+/// The network is cut, in each of the ways but one.
+const NETWORK: &str = "network --messages 400 --cuts 4 --interval 200 --workers 3 --lease 1000";
+/// A standby takes over.
+const FAILOVER: &str = "failover --messages 400 --promotions 1 --interval 1000 --workers 3 --lease 1000";
+const FAILOVER_ASYNC: &str =
+    "failover-async --messages 400 --promotions 1 --interval 1000 --workers 3 --lease 1000";
+/// What a server runs out of, but for the disk: that takes the right to mount one.
+const RESOURCES: &str = "resources --messages 400 --full-disks 0 --full-servers 1 --idle-kills 1 --read-onlys 1 \
+     --interval 300 --workers 3 --lease 1000";
+const CLOCK: &str = "clock --messages 600 --clock-steps 6 --interval 500 --workers 3 --lease 1000";
 
 /// Runs a small campaign; returns its exit code and its words.
 fn campaign(line: &str, broken: Option<&str>) -> (Option<i32>, String) {
@@ -98,6 +110,31 @@ mod whole {
     fn wakes_of_the_library() {
         passes(WAKES_LIBRARY);
     }
+
+    #[test]
+    fn network() {
+        passes(NETWORK);
+    }
+
+    #[test]
+    fn failover() {
+        passes(FAILOVER);
+    }
+
+    #[test]
+    fn failover_async() {
+        passes(FAILOVER_ASYNC);
+    }
+
+    #[test]
+    fn resources() {
+        passes(RESOURCES);
+    }
+
+    #[test]
+    fn clock() {
+        passes(CLOCK);
+    }
 }
 
 mod clients {
@@ -137,6 +174,25 @@ mod clients {
     fn one_that_does_not_look_again_before_it_sleeps() {
         caught("no-second-look", CALM_WAKES, LIVENESS);
     }
+
+    #[test]
+    fn one_that_does_not_try_again_after_an_error() {
+        caught("gives-up", NETWORK, SERVED_AGAIN);
+    }
+}
+
+mod servers {
+    use super::*;
+
+    #[test]
+    fn one_that_does_not_wait_for_its_standby() {
+        caught("not-synchronous", FAILOVER, NO_LOSS);
+    }
+
+    #[test]
+    fn one_whose_marks_stay_when_its_clock_goes_back() {
+        caught("marks-stay", CLOCK, SERVED_AGAIN);
+    }
 }
 
 mod functions {
@@ -160,6 +216,7 @@ mod functions {
     #[test]
     fn leases_that_are_reclaimed_before_their_deadline() {
         caught("reclaims-early", STOPS, ONE_LIVE_LEASE);
+        caught("reclaims-early", CLOCK, ONE_LIVE_LEASE);
     }
 
     #[test]
