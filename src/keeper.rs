@@ -103,6 +103,7 @@ impl Engine {
             "a call has not been answered for {:?}; its connection is left behind",
             self.settings.operation_timeout
         );
+        self.route.doubt(flight.since);
         state.in_use -= 1;
         state.threads -= 1;
         state.strays += 1;

@@ -3,8 +3,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::slot::lock;
 
 /// Opens a client; the TLS connector's type ends here.
 pub(crate) type Open = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
@@ -30,6 +31,8 @@ pub(crate) struct Route {
     connect_timeout: Duration,
     /// What a new session is told first; nothing behind a transaction pooler.
     greeting: Option<String>,
+    /// When the last call was sent that was not answered in time.
+    doubted: Mutex<Option<Instant>>,
 }
 
 /// Erases the type of a TLS connector.
@@ -50,7 +53,24 @@ impl Route {
         connect_timeout: Duration,
         greeting: Option<String>,
     ) -> Self {
-        Route { hosts: split(config, connect_timeout), open, connect_timeout, greeting }
+        Route {
+            hosts: split(config, connect_timeout),
+            open,
+            connect_timeout,
+            greeting,
+            doubted: Mutex::default(),
+        }
+    }
+
+    /// A call that was sent at a certain time was not answered. Other connections may have died with that one, without
+    /// a word; each would cost a time-out. So those that were not heard of since are not used any more.
+    pub(crate) fn doubt(&self, sent: Instant) {
+        let mut doubted = lock(&self.doubted);
+        *doubted = (*doubted).max(Some(sent));
+    }
+
+    fn is_doubtful(&self, heard: Instant) -> bool {
+        lock(&self.doubted).is_some_and(|sent| heard < sent)
     }
 
     /// Connects to the first host that answers within the time-out and is what the configuration
@@ -266,6 +286,8 @@ impl Call {
 pub(crate) struct Link {
     route: Arc<Route>,
     client: Option<Client>,
+    /// When the server answered last.
+    heard: Instant,
     broke: bool,
     renewed: bool,
     /// By the name of the call; `None` behind a transaction pooler.
@@ -275,7 +297,9 @@ pub(crate) struct Link {
 impl Link {
     /// The client, connected.
     pub(crate) fn client(&mut self, deadline: Instant) -> Result<&mut Client> {
-        if self.client.as_ref().is_some_and(Client::is_closed) {
+        if self.client.as_ref().is_some_and(Client::is_closed)
+            || self.client.is_some() && self.route.is_doubtful(self.heard)
+        {
             self.discard();
         }
         if self.client.is_none() {
@@ -283,6 +307,7 @@ impl Link {
                 statements.clear();
             }
             self.client = Some(self.route.connect(deadline)?);
+            self.heard = Instant::now();
             self.renewed |= std::mem::take(&mut self.broke);
         }
         self.client.as_mut().ok_or_else(|| Error::connection("not connected"))
@@ -330,6 +355,8 @@ impl Link {
         };
         if result.as_ref().is_err_and(Error::breaks_connection) {
             self.discard();
+        } else {
+            self.heard = Instant::now();
         }
         result
     }
@@ -368,6 +395,7 @@ impl Link {
     /// Returns a client that was taken away; its statements are known still.
     pub(crate) fn put_back(&mut self, client: Client) {
         self.client = Some(client);
+        self.heard = Instant::now();
     }
 
     /// Lets go of the client, if there is one.
@@ -419,6 +447,7 @@ impl ManageConnection for Links {
         Ok(Link {
             route: Arc::clone(&self.route),
             client: None,
+            heard: Instant::now(),
             broke: false,
             renewed: false,
             statements: self.named_statements.then(HashMap::new),

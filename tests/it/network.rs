@@ -1,6 +1,7 @@
 //! What callers see of a network that breaks.
 
 use std::collections::HashSet;
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -144,6 +145,40 @@ fn an_error_says_whether_the_call_may_have_taken_effect() {
     until("the queue works again", || queue.push("t", sent.clone()).is_ok());
     lease.complete().unwrap();
     assert_eq!(drain(&queue, "t"), ["sent"], "pushed twice and stored once");
+}
+
+/// A router forgets all connections, idle ones too, and tells nobody. The first call that is not answered shows it.
+#[test]
+fn connections_that_were_forgotten_together_are_given_up_together() {
+    let server = Server::shared();
+    let proxy = Proxy::before(server).unwrap();
+    let world = World::on(&server.url());
+    let builder = world.builder().operation_timeout(TIMEOUT).connect_timeout(TIMEOUT).pool_size(8);
+    let queue = builder.connect(&proxy.url()).unwrap();
+    let together = Barrier::new(8);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let held = queue.transaction(|_| {
+                    together.wait();
+                    Ok(())
+                });
+                held.unwrap();
+            });
+        }
+    });
+    proxy.set(Network::Lost);
+    thread::sleep(Duration::from_millis(200));
+    proxy.set(Network::Works);
+    let message = NewMessage::new("m");
+    let mut failed = 0;
+    until("the queue works again", || {
+        let pushed = queue.push("t", message.clone()).is_ok();
+        failed += usize::from(!pushed);
+        pushed
+    });
+    // The second is on its way before the first is written off.
+    assert!(failed <= 2, "{failed} calls have found out, one after the other");
 }
 
 /// Connecting: the silence may begin before the server is reached, or in the middle of the start-up.

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use crate::{Error, HOST, Server};
 
-/// How long a connection that has lost something stays open, and silent, once the network works again: in earnest it
-/// is the time-outs of TCP at both ends that close it, some of them later.
+/// How long a connection that has lost something stays open, and silent, at least, and once the network works again: in
+/// earnest it is the time-outs of TCP at both ends that close it, some of them later.
 const LINGER: Duration = Duration::from_secs(3);
 
 /// What becomes of bytes.
@@ -23,8 +23,8 @@ pub enum Network {
     Silent,
     /// What is sent arrives; answers are held back.
     OneWay,
-    /// They are lost, in both directions: a packet filter that forgets its connections. One that has lost something
-    /// passes nothing more, nor does anybody tell, until some time after the network works again it is closed.
+    /// They are lost, in both directions: a packet filter that forgets its connections. One that was open then, idle or
+    /// not, passes nothing more, nor does anybody tell; some time after it was tried it is closed.
     Lost,
     /// Only what is sent is lost.
     RequestsLost,
@@ -133,12 +133,14 @@ fn pump(mut from: TcpStream, mut to: TcpStream, is_answer: bool, shared: &Shared
     let _ = from.set_read_timeout(Some(Duration::from_millis(20)));
     let mut buffer = [0; 65536];
     let mut held = 0;
-    // Whether something was lost on the way, and whether no more will come.
-    let (mut lost, mut over) = (false, false);
+    // Whether it is forgotten, and since when that has cost something; and whether no more will come.
+    let (mut lost, mut cost, mut over) = (false, None::<Instant>, false);
     while !shared.ended.load(Ordering::Relaxed) {
         let (state, since) = *shared.network();
         let loses = state.loses(is_answer);
-        if state == Network::Reset || !loses && (over || lost && since.elapsed() > LINGER) {
+        lost |= loses;
+        let is_noticed = cost.is_some_and(|at| at.max(since).elapsed() > LINGER);
+        if state == Network::Reset || !loses && (over || is_noticed) {
             break;
         }
         if over || state.holds(is_answer) {
@@ -155,8 +157,8 @@ fn pump(mut from: TcpStream, mut to: TcpStream, is_answer: bool, shared: &Shared
             // The network may have changed while there was nothing to read.
             continue;
         }
-        lost |= loses;
         if lost {
+            cost = cost.or_else(|| Some(Instant::now()));
             held = 0;
             continue;
         }
