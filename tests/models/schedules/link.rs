@@ -31,6 +31,8 @@ impl Route {
         thread::sleep(Duration::from_millis(random(30)));
         Ok(Client::new(&self.0))
     }
+
+    pub(crate) fn doubt(&self, _: Instant) {}
 }
 
 pub(crate) struct Link(Arc<Server>);
