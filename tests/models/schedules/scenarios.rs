@@ -715,5 +715,5 @@ pub(crate) fn waiting_costs_little() {
     });
     market.close_up(waiting.into());
     let flights = SEEN.get().flights - before;
-    assert!(flights <= 20, "{flights} flights");
+    assert!(flights <= 40, "{flights} flights");
 }
