@@ -341,7 +341,7 @@ begin
 end
 $body$;
 
--- Says that somebody waits for a message of the topic: for the next half minute pushes notify
+-- Says that somebody waits for a message of the topic: for the next half minute pushes, and what is given back, notify
 -- (LISTEN to the channel named as this schema; the payload is the topic). Returns whether there
 -- is one already, and in how many seconds the next one may become free: a delayed one is due, or a
 -- lease expires; of a topic that is paused neither. noted: whether pushes notify now; if not, upkeep has

@@ -105,6 +105,11 @@ begin
     if tidy then
       perform pushpop.tidy_leases(settle_many.topic, ended);
     end if;
+    -- What is given back wakes those that wait, as a push does.
+    if ended is not null then
+      perform pg_notify('pushpop', t.topic) from pushpop.topics t
+      where t.topic = settle_many.topic and t.wanted_until > moment;
+    end if;
   end if;
   if current_setting('synchronous_commit') = 'off' then
     perform pushpop.make_durable();
