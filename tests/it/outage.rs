@@ -432,9 +432,7 @@ fn a_schema_that_is_gone_is_an_error_at_once() {
     thread::scope(|scope| {
         let waiting = scope.spawn(|| queue.pop("t"));
         until_wanted(&world, &mut client, "t");
-        client
-            .batch_execute(&format!("drop schema {} cascade", crate::world::quoted(&world.schema)))
-            .unwrap();
+        world.drop_schema(&mut client);
         let error = waiting.join().unwrap().map(drop).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Schema, "{error:?}");
     });

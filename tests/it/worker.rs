@@ -326,7 +326,7 @@ fn a_schema_that_is_gone_stops_the_worker() {
     thread::scope(|scope| {
         let running = scope.spawn(|| worker.run());
         until_wanted(&world, &mut client, "t");
-        client.batch_execute(&format!("drop schema \"{}\" cascade", world.schema)).unwrap();
+        world.drop_schema(&mut client);
         let error = running.join().unwrap().unwrap_err();
         assert!(!error.is_retryable(), "{error}");
     });

@@ -106,6 +106,12 @@ impl World {
         Client::connect(&self.url, NoTls).unwrap()
     }
 
+    /// Drops the schema while a queue uses it, which may have to begin anew: the two lock tables in different orders.
+    pub(crate) fn drop_schema(&self, client: &mut Client) {
+        let sql = format!("drop schema {} cascade", quoted(&self.schema));
+        until("the schema is dropped", || client.batch_execute(&sql).is_ok());
+    }
+
     /// SQL written for schema `pushpop`, for this one.
     pub(crate) fn sql(&self, sql: &str) -> String {
         sql.replace("pushpop.", &format!("{}.", quoted(&self.schema)))
