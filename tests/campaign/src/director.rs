@@ -1,7 +1,7 @@
 //! Runs a campaign: a server, its clients as processes, faults, a drain, the check.
 
 use std::env;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -18,6 +18,7 @@ use crate::check::{Property, check, render};
 use crate::history::History;
 use crate::journal::{Entry, Journal, now};
 use crate::plan::{Fault, ORDER, PLAIN, Plan, WORK};
+use crate::scratch::Scratch;
 use crate::stage::Stage;
 use crate::store;
 
@@ -76,14 +77,8 @@ pub(crate) struct Director<'a> {
 /// Runs a campaign and checks it; returns whether every property holds.
 pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
     let begun = Instant::now();
-    let dir = scratch(args)?;
-    let mut director = match Director::start(plan, args, dir.clone()) {
-        Ok(director) => director,
-        Err(e) => {
-            fs::remove_dir_all(&dir)?;
-            return Err(e);
-        }
-    };
+    let scratch = Scratch::new(args)?;
+    let mut director = Director::start(plan, args, scratch.path().to_owned())?;
     let ran = director.play();
     let faulted = begun.elapsed();
     let checked = match ran {
@@ -103,20 +98,10 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
         begun.elapsed().as_secs(),
         (begun.elapsed() - faulted).as_secs()
     );
-    if holds || args.number("forget", 0)? > 0 {
-        fs::remove_dir_all(&dir)?;
-    } else {
-        println!("the logs are in {}", dir.display());
+    if !holds && args.number("forget", 0)? == 0 {
+        scratch.keep()?;
     }
     checked.map(|_| holds)
-}
-
-/// A directory of this run's own.
-fn scratch(args: &Args) -> Result<PathBuf, BoxError> {
-    let base = args.text("scratch").map_or_else(|_| env::temp_dir(), PathBuf::from);
-    let dir = base.join(format!("pushpop-campaign-{}", std::process::id()));
-    fs::create_dir_all(&dir)?;
-    Ok(dir)
 }
 
 impl<'a> Director<'a> {

@@ -20,6 +20,7 @@ mod plan;
 mod producer;
 mod pulse;
 mod resources;
+mod scratch;
 mod soak;
 mod stage;
 mod store;
@@ -117,7 +118,10 @@ fn run() -> Result<bool, BoxError> {
     }
     let plan = Plan::read(&name, &args)?;
     match role {
-        Some(run) => run(&plan, &args).map(|()| true),
+        Some(run) => {
+            scratch::end_with_parent();
+            run(&plan, &args).map(|()| true)
+        }
         None if plan.count(Fault::FillDisk) > 0 && !resources::has_disk() => Err(resources::enter_disk()),
         None => director::run(&plan, &args),
     }

@@ -2,7 +2,7 @@
 //!
 //! Half of the clients reach the server by one network, half by another. A cut hits one or both of them, in one of
 //! five ways in turn: nothing passes until it ends; all is lost, or what is sent, or what is answered; connections are
-//! reset. A connection that has lost something is silent for good, at both ends. Nothing is exempt: to the
+//! reset. A connection that was open while something was lost, be it idle, is silent from then on, at both ends. Nothing is exempt: to the
 //! queue a cut is an answer that does not come. The client written by hand is not there.
 
 use std::time::{Duration, Instant};

@@ -16,7 +16,7 @@ use pushpop_pg::uuid::Uuid;
 use crate::args::Args;
 use crate::chance::hash;
 use crate::journal::Journal;
-use crate::plan::{PLAIN, Plan};
+use crate::plan::{KEEP, PLAIN, Plan};
 use crate::pulse::PERIOD;
 
 /// `wait_for` is to be called again before its half minute is over.
@@ -107,7 +107,8 @@ impl Plain<'_> {
         thread::sleep(self.plan.work / 4);
         let call = self.journal.call();
         self.journal.lines([format!("work {id}:{fence}"), format!("settle {call} complete {id}:{fence}")]);
-        match client.execute("select pushpop.complete($1, $2, $3)", &[&PLAIN, &id, &token]) {
+        let sql = "select pushpop.complete($1, $2, $3, $4)";
+        match client.execute(sql, &[&PLAIN, &id, &token, &KEEP.as_secs_f64()]) {
             Ok(_) => self.journal.line(format!("settled {call} ok")),
             Err(e) if e.code().is_some_and(|code| code.code() == "PP001") => {
                 self.journal.line(format!("settled {call} failed:LeaseLost"));

@@ -18,6 +18,9 @@ pub(crate) const ORDER: &str = "order";
 /// Where effects and the tokens that were handed out are written down.
 pub(crate) const SCHEMA: &str = "campaign";
 
+/// How long settled messages are kept: until the check, whatever the clock of the server shows.
+pub(crate) const KEEP: Duration = Duration::from_secs(86_400);
+
 /// What is allowed on a machine that does other things too.
 pub(crate) const ALLOWANCE: Duration = Duration::from_secs(5);
 

@@ -12,7 +12,7 @@ use pushpop_pg::{BoxError, ErrorKind, Lease, Queue, SettleError};
 use crate::args::Args;
 use crate::chance::{Chance, hash};
 use crate::journal::{Journal, outcome};
-use crate::plan::{EFFECTS, ORDER, Plan, SCHEMA, WORK};
+use crate::plan::{EFFECTS, KEEP, ORDER, Plan, SCHEMA, WORK};
 use crate::pulse::{self, PULSE};
 
 /// How long a settle is repeated: longer than a server takes to come back.
@@ -27,6 +27,7 @@ pub(crate) fn open(plan: &Plan, args: &Args, name: &str) -> Result<Queue, BoxErr
         let opened = Queue::builder()
             .application_name(name)
             .lease(plan.lease)
+            .keep_settled(KEEP)
             .poll_interval(plan.poll)
             .operation_timeout(operation)
             .connect_timeout(connect)
