@@ -29,9 +29,10 @@ const QUIET: &str = "quiet --messages 800 --workers 3 --lease 1000";
 /// One consumer, in SQL, that is woken or sleeps on; the server is killed early.
 const WAKES: &str = "quiet --messages 60 --workers 0 --order-share 0 --plain-share 100 --effects-share 0 --wakes-only 1 \
      --in-transaction 0 --server-kills 1 --interval 800 --spread 6000 --batch 2 --lease 1000";
-/// The same without a fault, by which it would look again.
-const CALM_WAKES: &str = "quiet --messages 60 --workers 0 --order-share 0 --plain-share 100 --effects-share 0 --wakes-only 1 \
-     --in-transaction 0 --spread 3000 --batch 2 --lease 1000";
+/// The same without a fault, by which it would look again, and with messages further apart than the end of a lease, by
+/// which it would, too.
+const CALM_WAKES: &str = "quiet --messages 8 --workers 0 --order-share 0 --plain-share 100 --effects-share 0 --wakes-only 1 \
+     --in-transaction 0 --spread 8000 --batch 2 --lease 1000";
 /// The same with the library, which has only its notifications to wake it.
 const WAKES_LIBRARY: &str = "quiet --messages 100 --workers 1 --plains 0 --plain-share 0 --order-share 0 --effects-share 0 \
      --wakes-only 1 --in-transaction 0 --terminations 8 --interval 250 --batch 2 --lease 1000";
