@@ -1834,7 +1834,9 @@ begin
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', known.sure_to, (
         select l.lease_until from "pushpop".leases l
+        -- Only so far: what was deleted lies ahead for as long as a lease, and under an old snapshot it would be stepped over.
         where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
+          and l.lease_until <= moment
         order by l.lease_until limit 1)))
   where t.topic = upkeep.topic;
   return counted;
@@ -1901,6 +1903,8 @@ begin
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   select l.lease_until into ends from "pushpop".leases l
   where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
+    -- Whoever waits asks again before then; beyond lie those that were deleted, stepped over while an old snapshot is open.
+    and l.lease_until <= until
   order by l.lease_until limit 1;
   due_in := extract(epoch from least(due, ends) - moment);
 end

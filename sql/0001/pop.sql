@@ -400,6 +400,8 @@ begin
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   select l.lease_until into ends from pushpop.leases l
   where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
+    -- Whoever waits asks again before then; beyond lie those that were deleted, stepped over while an old snapshot is open.
+    and l.lease_until <= until
   order by l.lease_until limit 1;
   due_in := extract(epoch from least(due, ends) - moment);
 end

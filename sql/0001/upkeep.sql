@@ -138,7 +138,9 @@ begin
       deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
       reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', known.sure_to, (
         select l.lease_until from pushpop.leases l
+        -- Only so far: what was deleted lies ahead for as long as a lease, and under an old snapshot it would be stepped over.
         where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
+          and l.lease_until <= moment
         order by l.lease_until limit 1)))
   where t.topic = upkeep.topic;
   return counted;
