@@ -111,9 +111,9 @@ impl Builder {
     }
 
     /// How often a waiting pop looks for itself, should a notification have been lost: at least
-    /// 10 ms. Default: 1 s.
+    /// 10 ms; what is longer than an hour counts as an hour. Default: 1 s.
     pub fn poll_interval(mut self, interval: Duration) -> Self {
-        self.poll_interval = interval.min(limits::FOREVER);
+        self.poll_interval = interval.min(limits::POLL);
         self
     }
 

@@ -146,8 +146,8 @@ impl Calls {
             ),
             wait_for: call(
                 "wait_for",
-                "select ready, due_in, noted from pushpop.wait_for($1, $2)",
-                &[Type::TEXT, Type::UUID],
+                "select ready, due_in, noted from pushpop.wait_for($1, $2, $3)",
+                &[Type::TEXT, Type::UUID, Type::FLOAT8],
             ),
             settle_many: call(
                 "settle_many",

@@ -352,7 +352,8 @@ impl Flight<'_> {
     /// Tells the server that somebody waits, and asks it whether there is something, or when.
     fn look(&mut self, topic: &str, outcome: &mut Outcome) -> Result<bool> {
         let waiter = self.engine.client;
-        let rows = self.run(|calls| &calls.wait_for, &[&topic, &waiter])?;
+        let within = self.engine.settings.poll_interval.as_secs_f64();
+        let rows = self.run(|calls| &calls.wait_for, &[&topic, &waiter, &within])?;
         let Some(row) = rows.first() else { return Ok(false) };
         let due_in: Option<f64> = row.get(1);
         outcome.look_in = due_in.and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());

@@ -216,7 +216,7 @@
 //! | [`pool_size`](Builder::pool_size) | 4, plus one that listens | 1 to 1,000 |
 //! | [`connect_timeout`](Builder::connect_timeout), for each host | 5 s | at least 100 ms |
 //! | [`operation_timeout`](Builder::operation_timeout) | 30 s | at least 100 ms |
-//! | [`poll_interval`](Builder::poll_interval) | 1 s | at least 10 ms |
+//! | [`poll_interval`](Builder::poll_interval) | 1 s | 10 ms to 1 h |
 //! | [`keep_settled`](Builder::keep_settled) | 1 h | 0 (deleted when settled) to 7,900 years |
 //! | [`Worker::grace`] | 30 s | |
 //! | [`Worker::limit`] | none | |

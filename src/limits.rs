@@ -19,6 +19,9 @@ const HEADERS: usize = 16 << 10;
 /// As good as for ever, and no clock overflows.
 pub(crate) const FOREVER: Duration = Duration::from_secs(10 * 365 * 86_400);
 
+/// The longest time after which somebody who waits looks again.
+pub(crate) const POLL: Duration = Duration::from_secs(3_600);
+
 /// About 7,900 years: the longest delay that ends before the year 10000.
 pub(crate) const DELAY: Duration = Duration::from_secs(250_000_000_000);
 

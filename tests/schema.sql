@@ -1301,12 +1301,17 @@ begin
     into target, fences, ended, places
     from unnest(ids, tokens) with ordinality u(id, token, place)
     cross join lateral (
-      select from "pushpop".leases l
-      cross join lateral (
-        select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
-      ) s
-      where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
+      select get_byte(u.token, 16) * 256 + get_byte(u.token, 17) as slot
+    ) s
+    cross join lateral (
+      -- Its own row if it was extended. A key at a time: for an array of both the plan may be to look at all leases.
+      select 1 from "pushpop".leases l
+      where l.topic = settle_done.topic and l.key = substring(u.token from 1 for 16)
         and l.ids[s.slot] = u.id and int8send(l.fences[s.slot]) = substring(u.token from 19)
+      union all
+      select 1 from "pushpop".leases l
+      where l.topic = settle_done.topic and l.key = u.token
+        and l.ids[1] = u.id and int8send(l.fences[1]) = substring(u.token from 19)
       limit 1
     ) l
     cross join lateral (
@@ -1857,7 +1862,7 @@ CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100) RETURNS SETOF text
       where l.topic = n.topic and l.lease_until <= statement_timestamp() and l.lease_until > '-infinity' offset 0)
   limit max
 $$;
-CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, OUT ready boolean, OUT due_in double precision, OUT noted boolean) RETURNS record
+CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, within double precision DEFAULT 1, OUT ready boolean, OUT due_in double precision, OUT noted boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -1868,23 +1873,28 @@ CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, OUT
     AS $$
 #variable_conflict use_column
 declare
-  moment timestamptz := clock_timestamp();
-  until  timestamptz := moment + interval '30 seconds';
-  known  "pushpop".topics;
-  paused boolean;
-  start  timestamptz;
-  due    timestamptz;
-  ends   timestamptz;
+  moment  timestamptz := clock_timestamp();
+  again   timestamptz;
+  longest timestamptz := moment + interval '3630 seconds';  -- the clock may have gone back since somebody said so
+  known   "pushpop".topics;
+  paused  boolean;
+  start   timestamptz;
+  due     timestamptz;
+  ends    timestamptz;
 begin
   perform "pushpop".check_topic(wait_for.topic);
+  if (within between 0 and 3600) is not true then
+    perform "pushpop".refuse(format('whoever waits asks again within 0 to 3600 seconds, not %s', coalesce(within::text, 'null')));
+  end if;
+  again := moment + within * interval '1 second';
   select t.* into known from "pushpop".topics t where t.topic = wait_for.topic;
   paused := known.paused;
-  if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
+  if known.topic is null or known.wanted_until not between again + interval '15 seconds' and longest
      or known.wanted_by is distinct from waiter and known.wanted_by is not null then
     known := "pushpop".lock_topic(wait_for.topic);
     if known.topic is not null then
       update "pushpop".topics t
-      set wanted_until = until,
+      set wanted_until = greatest(again + interval '30 seconds', case when known.wanted_until <= longest then known.wanted_until end),
           wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
       where t.topic = wait_for.topic;
     end if;
@@ -1903,8 +1913,7 @@ begin
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   select l.lease_until into ends from "pushpop".leases l
   where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
-    -- Whoever waits asks again before then; beyond lie those that were deleted, stepped over while an old snapshot is open.
-    and l.lease_until <= until
+    and l.lease_until <= again
   order by l.lease_until limit 1;
   due_in := extract(epoch from least(due, ends) - moment);
 end
@@ -2148,6 +2157,6 @@ REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, OUT ready boolean, OUT due_in double precision, OUT noted boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, within double precision, OUT ready boolean, OUT due_in double precision, OUT noted boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;

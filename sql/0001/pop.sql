@@ -341,14 +341,19 @@ begin
 end
 $body$;
 
--- Says that somebody waits for a message of the topic: for the next half minute pushes, and what is given back, notify
+-- Says that somebody waits for a message of the topic: for half a minute, and within, pushes and what is given back notify
 -- (LISTEN to the channel named as this schema; the payload is the topic). Returns whether there
 -- is one already, and in how many seconds the next one may become free: a delayed one is due, or a
 -- lease expires; of a topic that is paused neither. noted: whether pushes notify now; if not, upkeep has
--- the topic in its hands: ask again soon. waiter: who asks, and is not woken for its own pushes.
+-- the topic in its hands: ask again soon.
+--
+-- waiter  who asks, and is not woken for its own pushes
+-- within  in how many seconds the caller asks again anyway, up to an hour. Leases that end later are not looked for:
+--         those that were deleted lie there, and under an old snapshot they would be stepped over.
 create function pushpop.wait_for(
   topic  text,
-  waiter uuid default null,
+  waiter uuid             default null,
+  within double precision default 1,
   out ready boolean,
   out due_in double precision,
   out noted boolean
@@ -363,23 +368,28 @@ set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
 declare
-  moment timestamptz := clock_timestamp();
-  until  timestamptz := moment + interval '30 seconds';
-  known  pushpop.topics;
-  paused boolean;
-  start  timestamptz;
-  due    timestamptz;
-  ends   timestamptz;
+  moment  timestamptz := clock_timestamp();
+  again   timestamptz;
+  longest timestamptz := moment + interval '3630 seconds';  -- the clock may have gone back since somebody said so
+  known   pushpop.topics;
+  paused  boolean;
+  start   timestamptz;
+  due     timestamptz;
+  ends    timestamptz;
 begin
   perform pushpop.check_topic(wait_for.topic);
+  if (within between 0 and 3600) is not true then
+    perform pushpop.refuse(format('whoever waits asks again within 0 to 3600 seconds, not %s', coalesce(within::text, 'null')));
+  end if;
+  again := moment + within * interval '1 second';
   select t.* into known from pushpop.topics t where t.topic = wait_for.topic;
   paused := known.paused;
-  if known.topic is null or known.wanted_until not between moment + interval '15 seconds' and until
+  if known.topic is null or known.wanted_until not between again + interval '15 seconds' and longest
      or known.wanted_by is distinct from waiter and known.wanted_by is not null then
     known := pushpop.lock_topic(wait_for.topic);
     if known.topic is not null then
       update pushpop.topics t
-      set wanted_until = until,
+      set wanted_until = greatest(again + interval '30 seconds', case when known.wanted_until <= longest then known.wanted_until end),
           wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
       where t.topic = wait_for.topic;
     end if;
@@ -400,8 +410,7 @@ begin
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
   select l.lease_until into ends from pushpop.leases l
   where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
-    -- Whoever waits asks again before then; beyond lie those that were deleted, stepped over while an old snapshot is open.
-    and l.lease_until <= until
+    and l.lease_until <= again
   order by l.lease_until limit 1;
   due_in := extract(epoch from least(due, ends) - moment);
 end

@@ -233,12 +233,17 @@ begin
     into target, fences, ended, places
     from unnest(ids, tokens) with ordinality u(id, token, place)
     cross join lateral (
-      select from pushpop.leases l
-      cross join lateral (
-        select case when octet_length(l.key) > 16 then 1 else get_byte(u.token, 16) * 256 + get_byte(u.token, 17) end as slot
-      ) s
-      where l.topic = settle_done.topic and l.key = any (array[substring(u.token from 1 for 16), u.token])
+      select get_byte(u.token, 16) * 256 + get_byte(u.token, 17) as slot
+    ) s
+    cross join lateral (
+      -- Its own row if it was extended. A key at a time: for an array of both the plan may be to look at all leases.
+      select 1 from pushpop.leases l
+      where l.topic = settle_done.topic and l.key = substring(u.token from 1 for 16)
         and l.ids[s.slot] = u.id and int8send(l.fences[s.slot]) = substring(u.token from 19)
+      union all
+      select 1 from pushpop.leases l
+      where l.topic = settle_done.topic and l.key = u.token
+        and l.ids[1] = u.id and int8send(l.fences[1]) = substring(u.token from 19)
       limit 1
     ) l
     cross join lateral (

@@ -261,6 +261,8 @@ fn sql_has_the_same_limits() {
         ("1 to 1000", "peek('t', 0)".to_owned()),
         ("1 to 255 bytes", "stats('')".to_owned()),
         ("1 to 255 bytes", "wait_for('')".to_owned()),
+        ("0 to 3600", "wait_for('t', within => 3601)".to_owned()),
+        ("0 to 3600", "wait_for('t', within => null)".to_owned()),
         ("1 to 255 bytes", "upkeep('')".to_owned()),
         ("1 to 100000", "upkeep('t', 0)".to_owned()),
         ("1 to 255 bytes", "purge('')".to_owned()),

@@ -323,3 +323,33 @@ fn a_waiter_who_could_not_be_noted_at_first_is_noted_soon() {
         waiting.join().unwrap();
     });
 }
+
+/// Whoever looks for himself once a minute used to be forgotten after half of one.
+#[test]
+fn a_waiter_is_known_until_he_looks_again() {
+    let world = World::new();
+    let waiting = patient(&world);
+    let mut client = world.client();
+    let known_for = |client: &mut Client, ask: &str| -> f64 {
+        client.batch_execute(&world.sql(ask)).unwrap();
+        let sql = "select extract(epoch from wanted_until - clock_timestamp())::float8 from pushpop.topics where topic = 't'";
+        client.query_one(&world.sql(sql), &[]).unwrap().get(0)
+    };
+    thread::scope(|scope| {
+        let popped = scope.spawn(|| pop_for(&waiting, "t").complete().unwrap());
+        until_wanted(&world, &mut client, "t");
+        let others = "select from pushpop.wait_for('t', gen_random_uuid())";
+        for ask in ["", others, others] {
+            let seconds = known_for(&mut client, ask);
+            assert!((60.0..=90.0).contains(&seconds), "{seconds} s");
+        }
+        // The clock went back since.
+        let seconds = known_for(
+            &mut client,
+            "update pushpop.topics set wanted_until = wanted_until + '1 day'; select from pushpop.wait_for('t')",
+        );
+        assert!((16.0..=31.0).contains(&seconds), "{seconds} s");
+        client.batch_execute(&world.sql("select from pushpop.push('t', 'm')")).unwrap();
+        popped.join().unwrap();
+    });
+}

@@ -90,7 +90,7 @@ pub(crate) const ALL: [Broken; 23] = [
     },
     Broken {
         name: "never-notes",
-        patches: &[("wait_for", "set wanted_until = until", "set wanted_until = '-infinity'")],
+        patches: &[("wait_for", "set wanted_until = greatest(", "set wanted_until = least('-infinity', ")],
     },
     Broken {
         name: "newest-first",

@@ -28,6 +28,9 @@ const AHEAD: u64 = 2_000;
 /// How long completed messages are kept: much shorter than a run, so that as many are deleted as are pushed.
 const KEEP: Duration = Duration::from_secs(60);
 
+/// Nor do leases last for a whole run: what was leased at its beginning would have come to its end.
+const LEASE: Duration = Duration::from_secs(60);
+
 /// Parts of a run that are compared.
 const QUARTERS: usize = 4;
 
@@ -90,7 +93,8 @@ fn minute(minutes: f64) -> Duration {
 
 fn start() -> Result<(Server, Queue), BoxError> {
     let server = Server::start()?;
-    let queue = Queue::builder().application_name(TOPIC).keep_settled(KEEP).connect(&server.url())?;
+    let queue =
+        Queue::builder().application_name(TOPIC).keep_settled(KEEP).lease(LEASE).connect(&server.url())?;
     Ok((server, queue))
 }
 
