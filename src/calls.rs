@@ -222,12 +222,12 @@ impl Calls {
             ),
             complete: call(
                 "complete",
-                "select pushpop.complete($1, $2, $3, $4)",
+                "select pushpop.complete($1, $2, $3, $4, true)",
                 &[Type::TEXT, Type::UUID, Type::BYTEA, Type::FLOAT8],
             ),
             discard: call(
                 "discard",
-                "select pushpop.discard($1, $2, $3, $4)",
+                "select pushpop.discard($1, $2, $3, $4, true)",
                 &[Type::TEXT, Type::UUID, Type::BYTEA, Type::FLOAT8],
             ),
             find: call("find", &format!("{shown}find($1, $2)"), &[Type::TEXT, Type::UUID]),
@@ -518,6 +518,7 @@ impl Verdict {
     pub(crate) fn read(result: &str, until: Option<OffsetDateTime>) -> Self {
         match (result, until) {
             ("extended", Some(until)) => Verdict::Extended(until),
+            ("again", _) => Verdict::Settled,
             ("gone", _) => Verdict::Gone,
             _ => Verdict::Lost,
         }

@@ -169,7 +169,9 @@ impl Lease {
     /// # Errors
     ///
     /// [`LeaseLost`](crate::ErrorKind::LeaseLost), so that what was done without the lease cannot
-    /// be committed; any error of the server's.
+    /// be committed: also when the message was completed with this very lease before, so that a
+    /// transaction whose commit was not answered can be repeated, and has its effect once. Any error of
+    /// the server's.
     pub fn complete_in(&self, tx: &mut Transaction<'_>) -> Result<()> {
         self.queue.settle_in(tx, self, &self.queue.engine.calls.complete)
     }

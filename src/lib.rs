@@ -305,6 +305,8 @@
 //! After an error of [`push_in`](Queue::push_in) or [`complete_in`](Lease::complete_in) the caller's
 //! transaction is aborted. The driver's `commit()` then returns `Ok` although the server has rolled back;
 //! [`Queue::transaction`] tells the truth. An error of your own, made by [`Error::other`], rolls it back.
+//! When [it is not known](Error::is_indeterminate) whether it was committed, repeat it with the same lease: if it
+//! was, `complete_in` says [`LeaseLost`](ErrorKind::LeaseLost), and the effect is there once.
 //!
 //! # What does it log?
 //!

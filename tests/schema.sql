@@ -202,10 +202,10 @@ begin
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision DEFAULT 3600) RETURNS void
+CREATE FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision DEFAULT 3600, once boolean DEFAULT false) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$ select "pushpop".settle_one(topic, id, token, 'complete', null, null, keep) $$;
+    AS $$ select "pushpop".settle_one(topic, id, token, 'complete', null, null, keep, once) $$;
 CREATE FUNCTION pushpop.dead_letters(topic text, max integer DEFAULT 100, before timestamp with time zone DEFAULT 'infinity'::timestamp with time zone, before_id uuid DEFAULT NULL::uuid) RETURNS SETOF pushpop.message
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -254,10 +254,10 @@ CREATE FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integ
     AS $$
   select (date_part('epoch', delivery.pushed_at) * 1000000)::bigint + delivery.fence + 1
 $$;
-CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision DEFAULT 3600) RETURNS void
+CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision DEFAULT 3600, once boolean DEFAULT false) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
-    AS $$ select "pushpop".settle_one(topic, id, token, 'discard', null, null, keep) $$;
+    AS $$ select "pushpop".settle_one(topic, id, token, 'discard', null, null, keep, once) $$;
 CREATE FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1443,21 +1443,25 @@ begin
   -- What was not settled now may have been settled by the same lease before.
   if coalesce(cardinality(settled), 0) < wanted then
     return query
-      select a.place::integer, case when m.id is null then 'gone' else 'lost' end, null::timestamptz
+      select a.place::integer,
+             case
+               when m.id is null then 'gone'
+               when int8send("pushpop".delivery(m.pushed_at, m.fence - 1)) = substring(a.token from 19)
+                 and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
+                       when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
+                       when 'fail' then m.state in ('f', 'z') end then 'again'
+               else 'lost'
+             end, null::timestamptz
       from unnest(ids, tokens, outcomes) with ordinality a(id, token, outcome, place)
       left join lateral (
         select m.id, m.pushed_at, m.fence, m.state from "pushpop".messages m
         where m.topic = settle_many.topic and m.id = a.id offset 0
       ) m on true
-      where (settled is null or a.place <> all (settled))
-        and not coalesce(int8send("pushpop".delivery(m.pushed_at, m.fence - 1)) = substring(a.token from 19)
-          and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
-                when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
-                when 'fail' then m.state in ('f', 'z') else false end, false);
+      where settled is null or a.place <> all (settled);
   end if;
 end
 $$;
-CREATE FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) RETURNS void
+CREATE FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision, once boolean DEFAULT false) RETURNS void
     LANGUAGE plpgsql
     AS $$
 declare
@@ -1466,11 +1470,12 @@ begin
   select s.result into problem
   from "pushpop".settle_many(settle_one.topic, array[settle_one.id], array[settle_one.token], array[outcome],
                            array[delay], array[error], keep) s
-  where s.result <> 'extended';
+  where s.result <> 'extended' and (once or s.result <> 'again');
   if found then
     raise exception 'the lease of message % of topic % is lost', settle_one.id, settle_one.topic
       using errcode = 'PP001',
             detail = case problem when 'gone' then 'the message is not stored any more'
+                       when 'again' then 'it was settled with this lease before'
                        else 'it expired and was handed on, or was settled before' end;
   end if;
 end
@@ -2108,11 +2113,11 @@ REVOKE ALL ON FUNCTION pushpop.check_payload(payload bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_push(delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_topic(topic text) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision, once boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.dead_letters(topic text, max integer, before timestamp with time zone, before_id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision, once boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
@@ -2146,7 +2151,7 @@ REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_cr
 REVOKE ALL ON FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision, once boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;

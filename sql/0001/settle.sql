@@ -6,8 +6,8 @@
 
 -- Settles many leases of a topic in one statement. Returns the places of those that were not
 -- settled: `lost` when the message is stored, but its lease was handed on or settled otherwise;
--- `gone` when no such message is stored any more; and of those that were extended, `extended` with
--- their new deadline. Repeating a settle that succeeded succeeds again.
+-- `gone` when no such message is stored any more; `again` when it was settled like this, with this
+-- lease, before, which is as good; and of those that were extended, `extended` with their new deadline.
 --
 -- outcomes  one word a lease:
 --           complete, discard   done; kept for `keep` seconds so that it can be found, then deleted
@@ -118,17 +118,21 @@ begin
   -- What was not settled now may have been settled by the same lease before.
   if coalesce(cardinality(settled), 0) < wanted then
     return query
-      select a.place::integer, case when m.id is null then 'gone' else 'lost' end, null::timestamptz
+      select a.place::integer,
+             case
+               when m.id is null then 'gone'
+               when int8send(pushpop.delivery(m.pushed_at, m.fence - 1)) = substring(a.token from 19)
+                 and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
+                       when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
+                       when 'fail' then m.state in ('f', 'z') end then 'again'
+               else 'lost'
+             end, null::timestamptz
       from unnest(ids, tokens, outcomes) with ordinality a(id, token, outcome, place)
       left join lateral (
         select m.id, m.pushed_at, m.fence, m.state from pushpop.messages m
         where m.topic = settle_many.topic and m.id = a.id offset 0
       ) m on true
-      where (settled is null or a.place <> all (settled))
-        and not coalesce(int8send(pushpop.delivery(m.pushed_at, m.fence - 1)) = substring(a.token from 19)
-          and case a.outcome when 'complete' then m.state = 'c' when 'discard' then m.state = 'x'
-                when 'defer' then m.state = 'd' when 'release' then m.state = 'r'
-                when 'fail' then m.state in ('f', 'z') else false end, false);
+      where settled is null or a.place <> all (settled);
   end if;
 end
 $body$;
@@ -547,8 +551,12 @@ $body$;
 
 -- The same for one lease; an error if it is lost, so that a transaction around it cannot commit
 -- what was done without the lease.
+--
+-- once  an error, too, if it was settled so before: a transaction that is repeated, because nobody knows
+--       whether it was committed, cannot then do twice what it does beside this
 create function pushpop.settle_one(
-  topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision
+  topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision,
+  once boolean default false
 ) returns void
 language plpgsql
 as $body$
@@ -558,25 +566,30 @@ begin
   select s.result into problem
   from pushpop.settle_many(settle_one.topic, array[settle_one.id], array[settle_one.token], array[outcome],
                            array[delay], array[error], keep) s
-  where s.result <> 'extended';
+  where s.result <> 'extended' and (once or s.result <> 'again');
   if found then
     raise exception 'the lease of message % of topic % is lost', settle_one.id, settle_one.topic
       using errcode = 'PP001',
             detail = case problem when 'gone' then 'the message is not stored any more'
+                       when 'again' then 'it was settled with this lease before'
                        else 'it expired and was handed on, or was settled before' end;
   end if;
 end
 $body$;
 
-create function pushpop.complete(topic text, id uuid, token bytea, keep double precision default 3600) returns void
+create function pushpop.complete(
+  topic text, id uuid, token bytea, keep double precision default 3600, once boolean default false
+) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
-as $body$ select pushpop.settle_one(topic, id, token, 'complete', null, null, keep) $body$;
+as $body$ select pushpop.settle_one(topic, id, token, 'complete', null, null, keep, once) $body$;
 
-create function pushpop.discard(topic text, id uuid, token bytea, keep double precision default 3600) returns void
+create function pushpop.discard(
+  topic text, id uuid, token bytea, keep double precision default 3600, once boolean default false
+) returns void
 language sql security definer
 set search_path = pg_catalog, pg_temp
-as $body$ select pushpop.settle_one(topic, id, token, 'discard', null, null, keep) $body$;
+as $body$ select pushpop.settle_one(topic, id, token, 'discard', null, null, keep, once) $body$;
 
 create function pushpop.defer(topic text, id uuid, token bytea, delay double precision) returns void
 language sql security definer

@@ -191,10 +191,11 @@ fn guarantee_05_proved_settles() {
     let (stale, error) = stale.fail("m").unwrap_err().into_parts();
     assert_eq!(error.kind(), ErrorKind::LeaseLost);
     assert_eq!(queue.find("t", id).unwrap().unwrap().state(), State::Leased { until: fresh.deadline() });
-    // Repeated: by the transaction form, which leaves the lease.
-    for _ in 0..2 {
-        queue.transaction(|tx| fresh.complete_in(tx)).unwrap();
-    }
+    // Repeated: after the transaction form, which leaves the lease. That one itself is refused, as what is done beside
+    // it would be done twice.
+    queue.transaction(|tx| fresh.complete_in(tx)).unwrap();
+    let error = queue.transaction(|tx| fresh.complete_in(tx)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::LeaseLost);
     fresh.complete().unwrap();
     assert_eq!(stale.complete().unwrap_err().error().kind(), ErrorKind::LeaseLost);
     // The row is gone: nobody knows.

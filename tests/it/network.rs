@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pushpop_pg::uuid::Uuid;
-use pushpop_pg::{Error, ErrorKind, NewMessage, Queue};
+use pushpop_pg::{Error, ErrorKind, NewMessage, Queue, State};
 use pushpop_server::{Network, Proxy, Server};
 
 use crate::world::{SOON, World, drain, pop, stats, text, until};
@@ -247,26 +247,31 @@ fn waiting_pops_ride_through_cuts() {
     });
 }
 
-/// Replies are cut at any byte: of a push, a pop, a settle. Whatever was repeated has happened once.
-/// `PUSHPOP_CUTS` says how often; all bytes of a reply are tried in turn.
+/// Replies are cut at any byte: of a push, a pop, a settle, and of a transaction up to its commit. Whatever was repeated
+/// has happened once. `PUSHPOP_CUTS` says how often; all bytes of a reply are tried in turn.
 #[test]
 fn a_reply_that_is_cut_leaves_exactly_one() {
-    let cuts: usize = std::env::var("PUSHPOP_CUTS").map_or(90, |n| n.parse().unwrap());
+    let cuts: usize = std::env::var("PUSHPOP_CUTS").map_or(120, |n| n.parse().unwrap());
     let server = Server::shared();
     let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
     let queue = world.builder().pool_size(1).connect(&proxy.url()).unwrap();
     let short = queue.with_lease(Duration::from_secs(1));
+    let mut client = world.client();
+    client.batch_execute(&world.sql("create table pushpop.effects (payload text)")).unwrap();
+    let effect = world.sql("insert into pushpop.effects values ($1)");
     queue.push("t", "warm").unwrap();
     pop(&queue, "t").complete().unwrap();
     let mut pushed: HashSet<String> = HashSet::new();
     let mut seen: Vec<String> = Vec::new();
+    let (mut repeated, mut in_doubt, mut in_transactions) = (0, 0, 0);
     for cut in 0..cuts {
         let payload = format!("{cut}");
-        // A reply has about 50 to 300 bytes; one that ends before is cut in the next call.
-        let at = cut / 3 * 7 % 240;
+        // A reply has about 50 to 300 bytes; one that ends before is cut in the next call. Those of a transaction have
+        // some 280 together, and the last of them is that of the commit.
+        let at = if cut % 4 < 3 { cut / 4 * 7 % 240 } else { 170 + cut / 4 * 7 % 120 };
         let arm = |turn: usize| {
-            if cut % 3 == turn {
+            if cut % 4 == turn {
                 proxy.set(Network::CutAfter(at));
             }
         };
@@ -280,11 +285,39 @@ fn a_reply_that_is_cut_leaves_exactly_one() {
         if let Some(lease) = short.try_pop("t").unwrap() {
             let payload = text(lease.payload());
             arm(2);
-            match lease.complete() {
-                Ok(()) => seen.push(payload),
-                // It took so long that the lease was over.
-                Err(e) if e.error().kind() == ErrorKind::LeaseLost => {}
-                Err(e) => panic!("{e:?}"),
+            arm(3);
+            if cut % 4 < 3 {
+                match lease.complete() {
+                    Ok(()) => seen.push(payload),
+                    // It took so long that the lease was over.
+                    Err(e) if e.error().kind() == ErrorKind::LeaseLost => {}
+                    Err(e) => panic!("{e:?}"),
+                }
+            } else {
+                let lost = loop {
+                    match queue.transaction(|tx| {
+                        tx.execute(&effect, &[&payload])?;
+                        lease.complete_in(tx)
+                    }) {
+                        Ok(()) => break false,
+                        Err(e) if e.kind() == ErrorKind::LeaseLost => break true,
+                        Err(e) if e.is_retryable() => {
+                            repeated += 1;
+                            in_doubt += usize::from(e.is_indeterminate());
+                        }
+                        Err(e) => panic!("{e:?}"),
+                    }
+                };
+                // Of a lease that was over, or of the transaction that had been committed before it was repeated.
+                let settled = !lost
+                    || queue
+                        .find("t", lease.id())
+                        .unwrap()
+                        .is_some_and(|m| matches!(m.state(), State::Completed { .. }));
+                if settled {
+                    seen.push(payload);
+                    in_transactions += 1;
+                }
             }
         }
         proxy.set(Network::Works);
@@ -299,6 +332,14 @@ fn a_reply_that_is_cut_leaves_exactly_one() {
     assert_eq!(seen.len(), pushed.len(), "settled twice");
     assert_eq!(seen.into_iter().collect::<HashSet<_>>(), pushed);
     assert_eq!(stats(&queue, "t").settled(), pushed.len() as u64 + 1);
+    let sql = world.sql("select count(*), count(distinct payload) from pushpop.effects");
+    let row = client.query_one(&sql, &[]).unwrap();
+    let (effects, different): (i64, i64) = (row.get(0), row.get(1));
+    assert_eq!((effects, different), (in_transactions, in_transactions), "effects, and different ones");
+    assert!(in_doubt > 0, "no commit was without an answer, though {repeated} transactions were repeated");
     assert!(proxy.cuts() * 2 > cuts, "only {} replies were cut", proxy.cuts());
-    println!("{} replies were cut", proxy.cuts());
+    println!(
+        "{} replies were cut; {repeated} transactions repeated, {in_doubt} after a commit without an answer; {effects} effects",
+        proxy.cuts()
+    );
 }

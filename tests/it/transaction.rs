@@ -4,7 +4,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use pushpop_pg::{Error, ErrorKind, NewMessage, State};
+use pushpop_pg::{Error, ErrorKind, Lease, NewMessage, State};
 
 use crate::world::{SOON, World, drain, has_connection, pop, stats, text, until, until_listening};
 
@@ -17,6 +17,51 @@ fn smoke() {
     assert_eq!(lease.id(), id);
     queue.transaction(|tx| lease.complete_in(tx)).unwrap();
     assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Completed { .. }));
+}
+
+/// Whoever repeats a transaction because its commit was not answered used to have its effect twice.
+#[test]
+fn a_transaction_that_is_repeated_has_its_effect_once() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    client.batch_execute(&world.sql("create table pushpop.effects (n int)")).unwrap();
+    let effect = world.sql("insert into pushpop.effects values (1)");
+    let count = world.sql("select count(*) from pushpop.effects");
+    queue.push_many("t", ["completed", "discarded", "completed outside"]).unwrap();
+
+    let lease = pop(&queue, "t");
+    let work = |lease: &Lease| {
+        queue.transaction(|tx| {
+            lease.complete_in(tx)?;
+            Ok(tx.execute(&effect, &[])?)
+        })
+    };
+    work(&lease).unwrap();
+    let error = work(&lease).unwrap_err();
+    assert_eq!((error.kind(), error.is_indeterminate()), (ErrorKind::LeaseLost, false), "{error:?}");
+    assert_eq!(client.query_one(&count, &[]).unwrap().get::<_, i64>(0), 1);
+    lease.complete().unwrap();
+
+    let lease = pop(&queue, "t");
+    queue.transaction(|tx| lease.discard_in(tx)).unwrap();
+    assert_eq!(queue.transaction(|tx| lease.discard_in(tx)).unwrap_err().kind(), ErrorKind::LeaseLost);
+
+    // In SQL it is for the caller to say, as nobody knows there what else a transaction does.
+    let lease = pop(&queue, "t");
+    let row = client
+        .query_one(&world.sql("select key, fences[1] from pushpop.leases where ids[1] = $1"), &[&lease.id()]);
+    let row = row.unwrap();
+    let token = [row.get::<_, Vec<u8>>(0), vec![0, 1], row.get::<_, i64>(1).to_be_bytes().to_vec()].concat();
+    let complete = world.sql("select pushpop.complete('t', $1, $2)");
+    for _ in 0..2 {
+        client.execute(&complete, &[&lease.id(), &token]).unwrap();
+    }
+    let once = world.sql("select pushpop.complete('t', $1, $2, once => true)");
+    let error = client.execute(&once, &[&lease.id(), &token]).unwrap_err();
+    let error = error.as_db_error().unwrap();
+    assert_eq!(error.code().code(), "PP001");
+    assert!(error.detail().unwrap().contains("with this lease before"), "{error:?}");
 }
 
 #[test]
@@ -118,10 +163,7 @@ fn a_settle_joins_the_callers_transaction() {
             State::Discarded { .. } => assert!(discard),
             other => panic!("{other:?}"),
         }
-        // Twice is a repetition.
-        let mut tx = client.transaction().unwrap();
-        settle(&mut tx).unwrap();
-        tx.commit().unwrap();
+        // Beside that it may be repeated.
         if discard { lease.discard().unwrap() } else { lease.complete().unwrap() }
     }
 }

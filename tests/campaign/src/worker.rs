@@ -393,9 +393,8 @@ impl Worker<'_> {
                 }
                 Err(e) => {
                     self.journal.line(format!("settled {call} {}", outcome(&e)));
-                    // Repeated after an unknown commit the effect would be there twice; so it is left to the
-                    // lease, which ends by itself if nothing was committed.
-                    if e.is_indeterminate() || !e.is_retryable() || Instant::now() > deadline {
+                    // Repeated after a commit that nobody answered it says that the lease is lost, if that was committed.
+                    if !e.is_retryable() || Instant::now() > deadline {
                         return;
                     }
                     leases.retain(|lease| !lease.remaining().is_zero());
