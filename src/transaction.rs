@@ -20,7 +20,9 @@ impl Queue {
     ///
     /// The error of `work`. [`Invalid`](crate::ErrorKind::Invalid) within an async runtime, whose
     /// threads must not block. An error of the commit; it [is
-    /// indeterminate](Error::is_indeterminate) when its answer did not come.
+    /// indeterminate](Error::is_indeterminate) when its answer did not come. It can be repeated then: with
+    /// the same lease it [has its effect once](crate::Lease::complete_in), and a [`NewMessage`](crate::NewMessage)
+    /// that was made outside of `work` has the same id, and is pushed once.
     ///
     /// ```no_run
     /// # fn main() -> Result<(), pushpop_pg::Error> {
