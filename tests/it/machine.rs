@@ -315,7 +315,7 @@ impl<'a> Machine<'a> {
             Op::Extend(of) => {
                 let Some(mut held) = self.take(of) else { return };
                 let answer = held.lease.extend(HOUR);
-                if self.check(held.of, None, answer.err().map(|e| e.kind())) {
+                if self.check(held.of, None, answer.err().map(|e| e.kind()), None) {
                     self.messages[held.of.at].1.is = Is::Leased;
                     assert!(held.lease.remaining() > HOUR / 2);
                 }
@@ -511,8 +511,15 @@ impl<'a> Machine<'a> {
         of.checked_rem(self.held.len()).map(|at| self.held.remove(at))
     }
 
-    /// Whether the answer to a settle is right; returns whether it took effect now.
-    fn check(&mut self, of: Delivery, wanted: Option<Is>, kind: Option<ErrorKind>) -> bool {
+    /// Whether the answer to a settle is right, where that to a repetition would be `again`; returns whether it took effect
+    /// now.
+    fn check(
+        &mut self,
+        of: Delivery,
+        wanted: Option<Is>,
+        kind: Option<ErrorKind>,
+        again: Option<ErrorKind>,
+    ) -> bool {
         let known = &mut self.messages[of.at].1;
         let same = known.place.1 == of.born;
         let current = same && known.fence + 1 == of.fence;
@@ -528,7 +535,7 @@ impl<'a> Machine<'a> {
             Is::Gone => assert_eq!(kind, Some(ErrorKind::NotFound), "{known:?}"),
             // Repeated, or too late.
             _ if same && wanted.is_some() && of.settled == wanted => {
-                assert_eq!(kind, None, "repeats what was done to {known:?}");
+                assert_eq!(kind, again, "repeats what was done to {known:?}");
             }
             _ => assert_eq!(kind, Some(ErrorKind::LeaseLost), "{known:?}"),
         }
@@ -545,7 +552,7 @@ impl<'a> Machine<'a> {
             Verb::Fail => lease.fail("why"),
         };
         let (lease, error) = answer.map_err(SettleError::into_parts).err().unzip();
-        if self.check(of, verb.end(), error.map(|e: Error| e.kind())) {
+        if self.check(of, verb.end(), error.map(|e: Error| e.kind()), None) {
             self.apply(of.at, verb);
         }
         self.held.extend(lease.map(|lease| Held { lease, of }));
@@ -595,7 +602,7 @@ impl<'a> Machine<'a> {
                 Some(error) if self.messages[of.at].1.is == Is::Gone => Some(error.kind()),
                 _ => lease.as_ref().map(|_| ErrorKind::LeaseLost),
             };
-            if self.check(of, Some(Is::Completed), kind) {
+            if self.check(of, Some(Is::Completed), kind, None) {
                 self.apply(of.at, Verb::Complete);
             }
             self.held.extend(lease.map(|lease| Held { lease, of }));
@@ -620,7 +627,7 @@ impl<'a> Machine<'a> {
             assert!(!gone);
         } else if gone {
             assert!(!settled);
-        } else if self.check(held.of, verb.end(), ended.err().map(|e| e.kind())) {
+        } else if self.check(held.of, verb.end(), ended.err().map(|e| e.kind()), Some(ErrorKind::LeaseLost)) {
             self.apply(held.of.at, verb);
             held.of.settled = verb.end();
         }
