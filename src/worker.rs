@@ -5,7 +5,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::backoff::Backoff;
 use crate::calls::{Grant, Settle, Verb, Verdict};
@@ -18,7 +18,7 @@ use crate::lease::Lease;
 use crate::limits;
 use crate::observer::Handled;
 use crate::queue::Queue;
-use crate::slot::{Slot, lock};
+use crate::slot::{Slot, Waited, lock};
 use crate::span;
 use crate::stopping::{Cause, Ended, Leaving, Stopper, Stopping};
 use crate::watch::{Running, Watch};
@@ -352,7 +352,11 @@ impl<'a> Worker<'a> {
                 let outcome = settle.verb.word();
                 let _span = span::settle(std::slice::from_ref(&lease), outcome).entered();
                 let alone = !goes_on || handler.topics.len() > 1 || self.stopping.is_set();
-                let (settled, asked) = if alone { (None, None) } else { self.turn(topic, &settle) };
+                let (settled, mut asked) = if alone { (None, None) } else { self.turn(topic, &settle) };
+                if settled.as_ref().is_some_and(|settled| settled.as_ref().is_err_and(Error::is_retryable)) {
+                    // What comes meanwhile would lie here for as long as the settle is tried again.
+                    asked.take().into_iter().for_each(|asked| self.call_off(topic, &asked));
+                }
                 if let Err(e) = self.settle(topic, &settle, &running, settled) {
                     tracing::error!(topic, id = %settle.id, outcome, "a message was not settled: {e}");
                 }
@@ -362,6 +366,13 @@ impl<'a> Worker<'a> {
         };
         watch.finish(number);
         asked
+    }
+
+    /// Waits no longer for a pop; what it has brought, or brings yet, is released.
+    fn call_off(&self, topic: &str, asked: &Asked) {
+        if let Waited::Done(Ok(grants)) = asked.wait(Some(Instant::now())) {
+            self.queue.engine().abandon(topic, grants);
+        }
     }
 
     /// What is to be done about a message, and the word for it.

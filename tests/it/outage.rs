@@ -2,11 +2,11 @@
 
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc;
+use std::sync::{Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use pushpop_pg::{ErrorKind, NewMessage, Queue};
+use pushpop_pg::{ErrorKind, Job, NewMessage, Queue, Worker};
 use pushpop_server::Server;
 
 use crate::world::{SOON, World, drain, pop, stats, text, until, until_listening, until_wanted};
@@ -66,6 +66,88 @@ fn pops_ride_through_a_restart_of_the_server() {
         server.stop().unwrap();
         thread::sleep(Duration::from_millis(500));
         server.start_again().unwrap();
+    });
+}
+
+/// Workers while something happens to the server: handlers that outlast their leases, and short ones whose settles travel
+/// with the next pop.
+fn workers_ride_through(mut server: Server, what: impl FnOnce(&mut Server)) {
+    let world = World::on(&server.url());
+    let lease = Duration::from_secs(6);
+    let builder = || world.builder().operation_timeout(Duration::from_secs(2)).lease(lease);
+    let (queue, producer) = (world.open(builder()), world.open(builder()));
+    let runs = Mutex::new(Vec::new());
+    let worker = Worker::new(&queue)
+        .handle("long", 2, |job: &Job| {
+            runs.lock().unwrap().push(job.id());
+            thread::sleep(lease * 3 / 2);
+            Ok(())
+        })
+        .handle("short", 4, |job: &Job| {
+            runs.lock().unwrap().push(job.id());
+            thread::sleep(Duration::from_millis(20));
+            Ok(())
+        });
+    let long = producer.push_many("long", ["1", "2"]).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let stopper = worker.stopper();
+        let ended = scope.spawn(|| worker.run());
+        let pushes = scope.spawn(|| {
+            let mut count = 0;
+            while !done.load(Ordering::Relaxed) {
+                let message = NewMessage::new("m");
+                until("it is pushed", || producer.push("short", message.clone()).is_ok());
+                count += 1;
+                thread::sleep(Duration::from_millis(10));
+            }
+            count
+        });
+        until("all of them work", || runs.lock().unwrap().len() > 20);
+        let begun = Instant::now();
+        what(&mut server);
+        until("the server is back", || producer.push("other", "m").is_ok());
+        let away = begun.elapsed();
+        let before = runs.lock().unwrap().len();
+        until("all of them work again", || runs.lock().unwrap().len() > before + 20);
+        done.store(true, Ordering::Relaxed);
+        let pushed: u64 = pushes.join().unwrap();
+        let settled = |topic| {
+            producer
+                .topic(topic)
+                .stats()
+                .is_ok_and(|s| s.settled() >= if topic == "long" { 2 } else { pushed })
+        };
+        until("all are completed", || settled("long") && settled("short"));
+        stopper.stop();
+        assert_eq!(ended.join().unwrap().unwrap().unfinished(), 0);
+        let short = stats(&producer, "short");
+        assert_eq!((short.settled(), short.ready(), short.leased(), short.dead()), (pushed, 0, 0, 0));
+        // Two thirds of a lease are left when an extension is due.
+        if away < lease / 2 {
+            let runs = runs.lock().unwrap();
+            for id in long {
+                assert_eq!(runs.iter().filter(|run| **run == id).count(), 1, "its lease was extended");
+            }
+        }
+    });
+}
+
+#[test]
+fn workers_ride_through_a_crash_of_the_server() {
+    workers_ride_through(own(), |server| {
+        server.kill().unwrap();
+        thread::sleep(Duration::from_millis(2_100));
+        server.start_again().unwrap();
+    });
+}
+
+#[test]
+fn workers_ride_through_a_frozen_server() {
+    workers_ride_through(own(), |server| {
+        server.pause().unwrap();
+        thread::sleep(Duration::from_millis(2_500));
+        server.resume().unwrap();
     });
 }
 
