@@ -1,6 +1,7 @@
 //! What callers see of a network that breaks.
 
 use std::collections::HashSet;
+use std::ops::Range;
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -252,6 +253,20 @@ fn waiting_pops_ride_through_cuts() {
 #[test]
 fn a_reply_that_is_cut_leaves_exactly_one() {
     let cuts: usize = std::env::var("PUSHPOP_CUTS").map_or(120, |n| n.parse().unwrap());
+    let parts: Vec<[usize; 4]> =
+        (0..cuts).step_by(400).map(|first| cut_replies(first..cuts.min(first + 400))).collect();
+    let [cut, repeated, in_doubt, effects] =
+        [0, 1, 2, 3].map(|figure| parts.iter().map(|part| part[figure]).sum::<usize>());
+    assert!(cut * 2 > cuts, "only {cut} replies were cut");
+    assert!(in_doubt > 0, "no commit was without an answer, though {repeated} transactions were repeated");
+    println!(
+        "{cut} replies were cut; {repeated} transactions repeated, {in_doubt} after a commit without an answer; {effects} effects"
+    );
+}
+
+/// Returns how many replies were cut, how many transactions repeated, how many of these after a commit without an answer, and
+/// how many effects there are.
+fn cut_replies(cuts: Range<usize>) -> [usize; 4] {
     let server = Server::shared();
     let proxy = Proxy::before(server).unwrap();
     let world = World::on(&server.url());
@@ -265,7 +280,7 @@ fn a_reply_that_is_cut_leaves_exactly_one() {
     let mut pushed: HashSet<String> = HashSet::new();
     let mut seen: Vec<String> = Vec::new();
     let (mut repeated, mut in_doubt, mut in_transactions) = (0, 0, 0);
-    for cut in 0..cuts {
+    for cut in cuts {
         let payload = format!("{cut}");
         // A reply has about 50 to 300 bytes; one that ends before is cut in the next call. Those of a transaction have
         // some 280 together, and the last of them is that of the commit.
@@ -334,12 +349,7 @@ fn a_reply_that_is_cut_leaves_exactly_one() {
     assert_eq!(stats(&queue, "t").settled(), pushed.len() as u64 + 1);
     let sql = world.sql("select count(*), count(distinct payload) from pushpop.effects");
     let row = client.query_one(&sql, &[]).unwrap();
-    let (effects, different): (i64, i64) = (row.get(0), row.get(1));
+    let (effects, different) = (row.get::<_, i64>(0) as usize, row.get::<_, i64>(1) as usize);
     assert_eq!((effects, different), (in_transactions, in_transactions), "effects, and different ones");
-    assert!(in_doubt > 0, "no commit was without an answer, though {repeated} transactions were repeated");
-    assert!(proxy.cuts() * 2 > cuts, "only {} replies were cut", proxy.cuts());
-    println!(
-        "{} replies were cut; {repeated} transactions repeated, {in_doubt} after a commit without an answer; {effects} effects",
-        proxy.cuts()
-    );
+    [proxy.cuts(), repeated, in_doubt, effects]
 }
