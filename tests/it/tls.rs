@@ -54,7 +54,8 @@ struct Encrypted {
 
 impl Encrypted {
     fn start(certificate: &str) -> Encrypted {
-        let server = Server::with(&[("fsync", "off")]).unwrap();
+        // Which is not what PostgreSQL 13 prefers.
+        let server = Server::with(&[("fsync", "off"), ("password_encryption", "scram-sha-256")]).unwrap();
         let dir = server.data_dir().join("tls");
         fs::create_dir(&dir).unwrap();
         let it = Encrypted { server, dir };
