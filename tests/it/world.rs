@@ -138,7 +138,11 @@ impl Drop for World {
 pub(crate) fn until(what: &str, mut is_true: impl FnMut() -> bool) {
     let deadline = Instant::now() + SOON;
     while !is_true() {
-        assert!(Instant::now() < deadline, "not within {SOON:?}: {what}");
+        if Instant::now() >= deadline {
+            // Said at once, too: siblings in a scope may go on for ever, and then the panic is never shown.
+            let _ = writeln!(std::io::stderr(), "{:?} waits in vain: {what}", thread::current().name());
+            panic!("not within {SOON:?}: {what}");
+        }
         thread::sleep(Duration::from_millis(10));
     }
 }
