@@ -353,9 +353,11 @@ impl<'a> Worker<'a> {
                 let _span = span::settle(std::slice::from_ref(&lease), outcome).entered();
                 let alone = !goes_on || handler.topics.len() > 1 || self.stopping.is_set();
                 let (settled, mut asked) = if alone { (None, None) } else { self.turn(topic, &settle) };
-                if settled.as_ref().is_some_and(|settled| settled.as_ref().is_err_and(Error::is_retryable)) {
+                if matches!(&settled, Some(Err(e)) if e.is_retryable())
+                    && let Some(asked) = asked.take()
+                {
                     // What comes meanwhile would lie here for as long as the settle is tried again.
-                    asked.take().into_iter().for_each(|asked| self.call_off(topic, &asked));
+                    self.call_off(topic, &asked);
                 }
                 if let Err(e) = self.settle(topic, &settle, &running, settled) {
                     tracing::error!(topic, id = %settle.id, outcome, "a message was not settled: {e}");

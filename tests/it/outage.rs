@@ -112,13 +112,8 @@ fn workers_ride_through(mut server: Server, what: impl FnOnce(&mut Server)) {
         until("all of them work again", || runs.lock().unwrap().len() > before + 20);
         done.store(true, Ordering::Relaxed);
         let pushed: u64 = pushes.join().unwrap();
-        let settled = |topic| {
-            producer
-                .topic(topic)
-                .stats()
-                .is_ok_and(|s| s.settled() >= if topic == "long" { 2 } else { pushed })
-        };
-        until("all are completed", || settled("long") && settled("short"));
+        let settled = |topic, count| producer.topic(topic).stats().is_ok_and(|s| s.settled() >= count);
+        until("all are completed", || settled("long", 2) && settled("short", pushed));
         stopper.stop();
         assert_eq!(ended.join().unwrap().unwrap().unfinished(), 0);
         let short = stats(&producer, "short");

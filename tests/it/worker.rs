@@ -567,6 +567,47 @@ fn a_worker_of_several_topics_serves_all() {
     assert!(topics.iter().all(|topic| stats(&queue, topic).leased() == 0));
 }
 
+/// The settles and pops of several handlers travel together: what keeps one of them from being settled is no matter of the
+/// others. A message that was popped with such a settle used to lie in the handler's hands until that was done.
+#[test]
+fn a_settle_that_has_to_wait_holds_up_no_other_handler() {
+    let world = World::new();
+    // A settle waits for a lock for half a second.
+    let queue = world.open(world.builder().operation_timeout(SECOND * 2));
+    let mut client = world.client();
+    let held = queue.push("t", "held").unwrap();
+    let locked = AtomicBool::new(false);
+    let handled = AtomicUsize::new(0);
+    let worker = Worker::new(&queue).handle("t", 4, |job| {
+        handled.fetch_add(1, Ordering::Relaxed);
+        if job.payload() == b"held" {
+            until("its row is locked", || locked.load(Ordering::Relaxed));
+        }
+        Ok(())
+    });
+    thread::scope(|scope| {
+        let stopper = worker.stopper();
+        let ended = scope.spawn(|| worker.run());
+        until("it is at work", || handled.load(Ordering::Relaxed) == 1);
+        let mut tx = client.transaction().unwrap();
+        tx.query(&world.sql("select from pushpop.messages where id = $1 for update"), &[&held]).unwrap();
+        locked.store(true, Ordering::Relaxed);
+        let begun = Instant::now();
+        let mut pushed = 0;
+        while begun.elapsed() < SECOND * 3 {
+            queue.push_many("t", ["m"; 4]).unwrap();
+            pushed += 4;
+            until("the others are worked", || stats(&queue, "t").settled() == pushed);
+        }
+        assert!(matches!(queue.find("t", held).unwrap().unwrap().state(), State::Leased { .. }));
+        tx.rollback().unwrap();
+        until("it is settled, too", || stats(&queue, "t").settled() == pushed + 1);
+        stopper.stop();
+        assert_eq!(ended.join().unwrap().unwrap().unfinished(), 0);
+        assert_eq!(handled.load(Ordering::Relaxed) as u64, pushed + 1, "nothing was handed out twice");
+    });
+}
+
 // Signals.
 
 #[cfg(feature = "signals")]
@@ -699,45 +740,4 @@ mod signals {
         process.signal("TERM");
         assert_eq!(process.status(), Some(143));
     }
-}
-
-/// The settles and pops of several handlers travel together: what keeps one of them from being settled is no matter of the
-/// others. A message that was popped with such a settle used to lie in the handler's hands until that was done.
-#[test]
-fn a_settle_that_has_to_wait_holds_up_no_other_handler() {
-    let world = World::new();
-    // A settle waits for a lock for half a second.
-    let queue = world.open(world.builder().operation_timeout(SECOND * 2));
-    let mut client = world.client();
-    let held = queue.push("t", "held").unwrap();
-    let locked = AtomicBool::new(false);
-    let handled = AtomicUsize::new(0);
-    let worker = Worker::new(&queue).handle("t", 4, |job| {
-        handled.fetch_add(1, Ordering::Relaxed);
-        if job.payload() == b"held" {
-            until("its row is locked", || locked.load(Ordering::Relaxed));
-        }
-        Ok(())
-    });
-    thread::scope(|scope| {
-        let stopper = worker.stopper();
-        let ended = scope.spawn(|| worker.run());
-        until("it is at work", || handled.load(Ordering::Relaxed) == 1);
-        let mut tx = client.transaction().unwrap();
-        tx.query(&world.sql("select from pushpop.messages where id = $1 for update"), &[&held]).unwrap();
-        locked.store(true, Ordering::Relaxed);
-        let begun = Instant::now();
-        let mut pushed = 0;
-        while begun.elapsed() < SECOND * 3 {
-            queue.push_many("t", ["m"; 4]).unwrap();
-            pushed += 4;
-            until("the others are worked", || stats(&queue, "t").settled() == pushed);
-        }
-        assert!(matches!(queue.find("t", held).unwrap().unwrap().state(), State::Leased { .. }));
-        tx.rollback().unwrap();
-        until("it is settled, too", || stats(&queue, "t").settled() == pushed + 1);
-        stopper.stop();
-        assert_eq!(ended.join().unwrap().unwrap().unfinished(), 0);
-        assert_eq!(handled.load(Ordering::Relaxed) as u64, pushed + 1, "nothing was handed out twice");
-    });
 }
