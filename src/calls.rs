@@ -476,10 +476,11 @@ impl Verb {
         }
     }
 
-    /// In how long the message may be popped again, if that is known.
+    /// In how long it is worth looking for the message again: after a backoff only the server knows, and says it
+    /// to whoever looks.
     pub(crate) fn comes_back_in(&self) -> Option<Duration> {
         match self {
-            Verb::Release => Some(Duration::ZERO),
+            Verb::Release | Verb::Fail { delay: None, .. } => Some(Duration::ZERO),
             Verb::Defer(seconds) | Verb::Fail { delay: Some(seconds), .. } => {
                 Duration::try_from_secs_f64(*seconds).ok()
             }
@@ -521,6 +522,28 @@ impl Verdict {
             ("again", _) => Verdict::Settled,
             ("gone", _) => Verdict::Gone,
             _ => Verdict::Lost,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_given_back_is_looked_for_in_time() {
+        let fail = |delay| Verb::fail("why", delay);
+        for (verb, seconds) in [
+            (Verb::Complete, None),
+            (Verb::Discard, None),
+            (Verb::Extend(9.0), None),
+            (Verb::Release, Some(0)),
+            (Verb::Defer(9.0), Some(9)),
+            (fail(Some(7.0)), Some(7)),
+            (fail(None), Some(0)),
+        ] {
+            assert_eq!(verb.comes_back_in(), seconds.map(Duration::from_secs), "{}", verb.word());
+            assert_eq!(verb.error(), (verb.word() == "fail").then_some("why"));
         }
     }
 }

@@ -209,7 +209,7 @@ impl Engine {
                 self.release_lane(&mut state, &topic, id, pops, &outcome);
             }
             if outcome.rows > 0 {
-                let at = state.note_use(&topic, outcome.rows, &self.settings);
+                let at = state.note_use(&topic, outcome.rows, self.settings.keep_settled);
                 self.wake_keeper(&mut state, at);
             }
             if let Some(ready) = outcome.pushed {
@@ -339,4 +339,22 @@ impl Outcome {
 pub(crate) fn backoff(failures: u32) -> Duration {
     let most = Duration::from_millis(50 << failures.saturating_sub(1).min(7)).min(Duration::from_secs(5));
     most.mul_f64(1.0 - f64::from(Uuid::new_v4().as_bytes()[0]) / 512.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_doubles_up_to_five_seconds() {
+        for (failures, most) in
+            [(0, 50), (1, 50), (2, 100), (5, 800), (7, 3_200), (8, 5_000), (u32::MAX, 5_000)]
+        {
+            let most = Duration::from_millis(most);
+            let waits: Vec<Duration> = (0..64).map(|_| backoff(failures)).collect();
+            assert!(waits.iter().all(|wait| (most / 2..=most).contains(wait)), "{failures}: {waits:?}");
+            assert!(waits.iter().any(|wait| *wait < most.mul_f64(0.9)), "{failures}: no two are told apart");
+            assert!(waits.iter().any(|wait| *wait > most.mul_f64(0.6)), "{failures}: {waits:?}");
+        }
+    }
 }

@@ -300,15 +300,12 @@ impl Flight<'_> {
         }
         // One of the settles may be the reason. The pops take the next flight.
         for (Group { topic, jobs }, outcome) in groups.iter().zip(outcomes) {
-            for TurnJob { settle, pop } in *jobs {
+            for TurnJob { settle, .. } in *jobs {
                 let group = Group { topic, jobs: std::slice::from_ref(settle) };
                 let verdicts = self
                     .settle_together(&[group])
                     .and_then(|mut answers| answers.pop().ok_or_else(Error::panicked));
                 self.answer_settle(topic, settle, verdicts, outcome);
-                if !pop.waits {
-                    drop(pop.slot.land(self.id, Ok(Vec::new())));
-                }
             }
             outcome.look_in = Some(Duration::ZERO);
         }

@@ -38,7 +38,7 @@ pub(crate) struct SettleJob {
     pub(crate) slot: Arc<Slot<Vec<Verdict>>>,
 }
 
-/// A settle, and a pop by the same caller: they share a flight.
+/// A settle, and a pop by the same caller, which waits: they share a flight.
 pub(crate) struct TurnJob {
     pub(crate) settle: SettleJob,
     pub(crate) pop: PopJob,
@@ -477,3 +477,6 @@ impl Cargo {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -142,3 +142,58 @@ pub(crate) fn keep(time: Duration) -> Result<()> {
         format!("history is kept for at most {} seconds, not {}", DELAY.as_secs(), time.as_secs())
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The first value that is refused, and the last one that is not.
+    #[track_caller]
+    fn ends<T: std::fmt::Debug>(check: impl Fn(T) -> Result<()>, within: T, beyond: T) {
+        assert!(check(within).is_ok());
+        assert!(check(beyond).is_err());
+    }
+
+    /// Those that a test through the queue would take a quarter of a gigabyte for.
+    #[test]
+    fn sizes_end_where_they_say() {
+        ends(|bytes| payload(bytes, 10), 10, 11);
+        ends(max_payload, 256 << 20, (256 << 20) + 1);
+        ends(push_bytes, (256 << 20) + (16 << 10), (256 << 20) + (16 << 10) + 1);
+        ends(push_batch, 10_000, 10_001);
+        ends(batch, 1_000, 1_001);
+        ends(batch, 1, 0);
+        ends(pool_size, 1_000, 1_001);
+        ends(pool_size, 1, 0);
+        ends(threads, 10_000, 10_001);
+        ends(threads, 1, 0);
+    }
+
+    #[test]
+    fn headers_end_where_they_say() {
+        let of = |count: usize, value: usize| -> BTreeMap<String, String> {
+            (0..count).map(|i| (format!("{i:04}"), "v".repeat(value))).collect()
+        };
+        let check = |(count, value)| headers(&of(count, value));
+        ends(check, (64, 252), (64, 253));
+        ends(check, (64, 0), (65, 0));
+        ends(check, (1, HEADERS - 4), (1, HEADERS - 3));
+    }
+
+    #[test]
+    fn times_end_where_they_say() {
+        let more = Duration::from_nanos(1);
+        ends(delay, DELAY, DELAY + more);
+        ends(age, DELAY, DELAY + more);
+        ends(keep, DELAY, DELAY + more);
+        ends(lease, Duration::from_secs(1), Duration::from_secs(1) - more);
+        ends(lease, Duration::from_secs(86_400), Duration::from_secs(86_400) + more);
+        ends(|most| backoff(DELAY, most), DELAY, DELAY + more);
+        ends(|most| backoff(Duration::from_secs(2), most), Duration::from_secs(2), Duration::from_secs(1));
+        ends(
+            |value| at_least("a time", Duration::from_secs(1), value),
+            Duration::from_secs(1),
+            Duration::ZERO,
+        );
+    }
+}

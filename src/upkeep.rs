@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::{Engine, Settings};
+use crate::engine::Engine;
 use crate::error::Result;
 use crate::lane::{State, Task};
 use crate::link::Link;
@@ -29,9 +29,9 @@ pub(crate) struct Used {
 
 impl Used {
     /// When its upkeep is due. Others than busy ones can wait, but not for longer than their history is kept.
-    fn due(&self, settings: &Settings) -> Instant {
+    fn due(&self, keep: Duration) -> Instant {
         let second = Duration::from_secs(1);
-        let calm = match settings.keep_settled {
+        let calm = match keep {
             Duration::ZERO => second * 10,
             keep => keep.clamp(second, second * 10),
         };
@@ -41,13 +41,13 @@ impl Used {
 
 impl State {
     /// Notes that messages of a topic were handled. Returns when its upkeep is due.
-    pub(crate) fn note_use(&mut self, topic: &Arc<str>, rows: usize, settings: &Settings) -> Instant {
+    pub(crate) fn note_use(&mut self, topic: &Arc<str>, rows: usize, keep: Duration) -> Instant {
         let used = match self.used.get_mut(topic) {
             Some(used) => used,
             None => self.used.entry(Arc::clone(topic)).or_insert(Used { since: Instant::now(), rows: 0 }),
         };
         used.rows += rows;
-        used.due(settings)
+        used.due(keep)
     }
 }
 
@@ -62,7 +62,7 @@ impl Upkeep {
     pub(crate) fn due(engine: &Arc<Engine>, state: &mut State, now: Instant) -> Option<Instant> {
         let (mut next, mut topics) = (None, Vec::new());
         state.used.retain(|topic, used| {
-            let due = used.due(&engine.settings);
+            let due = used.due(engine.settings.keep_settled);
             if due > now {
                 next = next.min(Some(due)).or(Some(due));
             } else {
@@ -131,5 +131,38 @@ impl Task for Everywhere {
         if let Err(e) = link.and_then(|link| self.step(link)) {
             tracing::debug!("upkeep is put off: {e}");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_topics_have_their_upkeep_first() {
+        let since = Instant::now();
+        for (keep, rows, seconds) in [
+            (3_600, 1, 10),
+            (3_600, BUSY - 1, 10),
+            (3_600, BUSY, 1),
+            (3_600, BUSY * 50, 1),
+            (0, 1, 10),
+            (0, BUSY, 1),
+            (3, 1, 3),
+            (3, BUSY, 1),
+        ] {
+            let due = Used { since, rows }.due(Duration::from_secs(keep));
+            assert_eq!(due - since, Duration::from_secs(seconds), "{rows} rows, kept for {keep} s");
+        }
+        assert_eq!(Used { since, rows: 1 }.due(Duration::from_millis(10)) - since, Duration::from_secs(1));
+    }
+
+    #[test]
+    fn what_is_used_adds_up() {
+        let (mut state, keep) = (State::default(), Duration::from_secs(60));
+        let topic: Arc<str> = "t".into();
+        let first = state.note_use(&topic, BUSY - 1, keep);
+        assert_eq!(state.note_use(&topic, 0, keep), first);
+        assert_eq!(first - state.note_use(&topic, 1, keep), Duration::from_secs(9));
     }
 }

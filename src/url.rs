@@ -191,6 +191,19 @@ mod tests {
         }
     }
 
+    /// Only a value that begins with a quote ends with one.
+    #[test]
+    fn a_quote_within_a_value_is_part_of_it() {
+        check("password=a'b sslmode=require host=h", "password=a'b host=h ", REQUIRE, Check::Nothing, None);
+        check(
+            "password='a b' sslmode='require' host=h",
+            "password='a b' host=h ",
+            REQUIRE,
+            Check::Nothing,
+            None,
+        );
+    }
+
     #[test]
     fn an_unknown_mode_is_refused_without_quoting_it() {
         let error = split("postgres://h?sslmode=hunter2").unwrap_err();

@@ -1,7 +1,8 @@
 //! Opening a queue: what is wrong is known at once.
 
 use std::net::TcpListener;
-use std::sync::Barrier;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -167,6 +168,36 @@ fn target_session_attrs_chooses_the_host() {
     let error = world.builder().connect(&only).map(drop).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Connection, "{error}");
     assert!(started.elapsed() < AT_ONCE);
+}
+
+#[test]
+fn hosts_are_tried_in_their_order_or_at_random() {
+    let world = World::on(&guarded_url("postgres", "correct", "postgres"));
+    // It accepts, and hangs up.
+    let other = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = other.local_addr().unwrap().port();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&asked);
+    thread::spawn(move || {
+        for _ in other.incoming() {
+            count.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    let first = |balance: &str| {
+        let url = format!(
+            "host=127.0.0.1,127.0.0.1 port={port},{} user=postgres password=correct dbname=postgres{balance}",
+            guarded().port()
+        );
+        let before = asked.load(Ordering::SeqCst);
+        let queue = world.builder().pool_size(1).connect(&url).unwrap();
+        queue.push("t", "m").unwrap();
+        asked.load(Ordering::SeqCst) > before
+    };
+    assert!((0..3).all(|_| first("")));
+    assert!((0..3).all(|_| first(" load_balance_hosts=disable")));
+    // All alike is as likely as twenty tosses of a coin that are.
+    let asked_first = (0..20).filter(|_| first(" load_balance_hosts=random")).count();
+    assert!((1..20).contains(&asked_first), "{asked_first}");
 }
 
 /// How often opening a queue warns that it is not encrypted.

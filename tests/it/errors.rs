@@ -5,10 +5,12 @@ use std::process::Command;
 use std::time::Duration;
 
 use expect_test::expect;
-use pushpop_pg::{Error, ErrorKind, NewMessage, Observer, Queue, SettleError, uuid::Uuid};
+use pushpop_pg::{
+    Backoff, Error, ErrorKind, Message, NewMessage, Observer, Queue, SettleError, Worker, uuid::Uuid,
+};
 use tracing_subscriber::fmt::format::FmtSpan;
 
-use crate::world::{World, guarded_url, pop};
+use crate::world::{World, guarded_url, pop, stats};
 
 /// An error as a reader sees it: in one line, in full, and its causes.
 fn shown(error: &Error) -> String {
@@ -200,6 +202,57 @@ fn no_payload_or_password_is_shown() {
     assert_silent("a refused row in a transaction", &shown(&error));
     let failed = lease.complete().unwrap_err();
     assert_silent("a refused settle", &format!("{failed} {failed:?} {}", shown(failed.error())));
+}
+
+#[test]
+fn what_is_debugged_says_what_it_is() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let worker = Worker::new(&queue).handle("t", 1, |job| {
+        let shown = format!("{job:?}");
+        assert!(shown.starts_with("Job {") && shown.contains(&job.id().to_string()), "{shown}");
+        Ok(())
+    });
+    let lease = pop(&queue, "t");
+    let message: &Message = &lease;
+    for (name, part, shown) in [
+        ("Queue", "closed: false", format!("{queue:?}")),
+        ("Builder", "pool_size", format!("{:?}", world.builder())),
+        ("NewMessage", "bytes: 1", format!("{:?}", NewMessage::new("m"))),
+        ("Message", &*message.id().to_string(), format!("{message:?}")),
+        ("Lease", "topic: \"t\"", format!("{lease:?}")),
+        ("Backoff", "", format!("{:?}", Backoff::fixed(Duration::from_secs(1)))),
+        ("Worker", "topics: [[\"t\"]]", format!("{worker:?}")),
+        ("Stopper", "cause: None", format!("{:?}", worker.stopper())),
+    ] {
+        assert!(shown.starts_with(name) && shown.contains(part), "{shown}");
+    }
+    lease.release().unwrap();
+    assert_eq!(worker.run_until_idle().unwrap(), 1);
+    assert_eq!(stats(&queue, "t").settled(), 1);
+}
+
+/// An error of a statement says nothing about its connection.
+#[test]
+fn a_refused_call_keeps_its_connection() {
+    let world = World::new();
+    let queue = world.open(world.builder().pool_size(1));
+    let mut client = world.client();
+    queue.push("t", "m").unwrap();
+    let mut backend = || -> i32 {
+        let sql = "select pid from pg_stat_activity where application_name = $1";
+        client.query_one(sql, &[&world.schema]).unwrap().get(0)
+    };
+    let pid = backend();
+    let refuse = "alter table pushpop.messages add check (payload <> 'refused') not valid";
+    world.client().batch_execute(&world.sql(refuse)).unwrap();
+    for _ in 0..3 {
+        assert_eq!(queue.push("t", "refused").unwrap_err().sqlstate(), Some("23514"));
+        assert_eq!(queue.push_many("t", ["refused", "m"]).unwrap_err().sqlstate(), Some("23514"));
+    }
+    queue.push("t", "m").unwrap();
+    assert_eq!(backend(), pid);
 }
 
 /// The driver logs every parameter of a statement at the debug level.

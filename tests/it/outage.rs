@@ -481,6 +481,61 @@ fn a_push_while_the_listener_is_away_is_found() {
     });
 }
 
+/// The child's log is the whole process's, with all threads of its queue.
+#[test]
+fn an_outage_is_logged_once_and_waited_out_with_patience() {
+    const CHILD: &str = "PUSHPOP_TEST_LOGS_AN_OUTAGE";
+    if std::env::var_os(CHILD).is_some() {
+        return outage_of_a_worker();
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "outage::an_outage_is_logged_once_and_waited_out_with_patience", "--nocapture"])
+        .env(CHILD, "yes")
+        .output()
+        .unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    let times = |words: &str| log.matches(words).count();
+    assert_eq!((times("lost the server"), times("the server is back")), (1, 1), "{log}");
+    // Two seconds and more, with pauses that double.
+    for words in ["cannot listen", "leases were not extended, trying again"] {
+        assert!((1..=30).contains(&times(words)), "{words}: {}\n{log}", times(words));
+    }
+}
+
+fn outage_of_a_worker() {
+    tracing_subscriber::fmt()
+        .with_max_level(tracing_subscriber::filter::LevelFilter::DEBUG)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let mut server = own();
+    let queue = Queue::builder().lease(Duration::from_secs(3)).connect(&server.url()).unwrap();
+    let (over, begun) = (AtomicBool::new(false), AtomicBool::new(false));
+    let worker = Worker::new(&queue).handle("t", 1, |_| {
+        begun.store(true, Ordering::Relaxed);
+        until("the outage is over", || over.load(Ordering::Relaxed));
+        Ok(())
+    });
+    thread::scope(|scope| {
+        scope.spawn(|| worker.run().unwrap());
+        let waiting = scope.spawn(|| pop(&queue, "u"));
+        queue.push("t", "m").unwrap();
+        until("its handler runs", || begun.load(Ordering::Relaxed));
+        server.stop().unwrap();
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(3) {
+            queue.push("u", "m").unwrap_err();
+            thread::sleep(Duration::from_millis(300));
+        }
+        server.start_again().unwrap();
+        until("pushes succeed again", || queue.push("u", "m").is_ok());
+        waiting.join().unwrap().complete().unwrap();
+        over.store(true, Ordering::Relaxed);
+        worker.stopper().stop();
+    });
+}
+
 /// In a transaction of the caller's, the break is the caller's to know.
 #[test]
 fn a_transaction_whose_connection_breaks_is_an_error() {

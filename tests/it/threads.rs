@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use pushpop_pg::{ErrorKind, Flight, NewMessage, Observer, Queue, State};
 
 use crate::world::{
-    SOON, World, drain, has_connection, pop, pop_many, stats, text, until, until_locked, until_wanted,
+    SOON, World, drain, has_connection, pop, pop_many, stats, text, until, until_listening, until_locked,
+    until_wanted,
 };
 
 #[test]
@@ -282,6 +283,81 @@ fn closing_ends_the_threads_in_the_end() {
     drop(queue);
     let mut client = world.client();
     until("connections end", || !has_connection(&world, &mut client, "true"));
+}
+
+#[test]
+fn closing_waits_only_for_what_is_on_its_way() {
+    let world = World::new();
+    let started = Instant::now();
+    for _ in 0..60 {
+        let queue = world.open(world.builder().pool_size(1));
+        queue.push("t", "m").unwrap();
+        queue.close();
+    }
+    // A second each, if there were something to wait for.
+    assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_queue_that_is_closed_listens_no_longer() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| queue.pop("t"));
+        until_listening(&world, &mut client);
+        queue.close();
+        assert_eq!(waiting.join().unwrap().unwrap_err().kind(), ErrorKind::Closed);
+    });
+    until("it does not listen", || !has_connection(&world, &mut client, "query ilike 'listen%'"));
+}
+
+/// The threads of this process whose names begin so.
+#[cfg(target_os = "linux")]
+fn threads(name: &str) -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    names.filter(|comm| comm.starts_with(name)).count()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_queue_has_a_thread_for_each_connection_and_they_end_with_it() {
+    const CHILD: &str = "PUSHPOP_TEST_THREADS_OF";
+    let Ok(schema) = std::env::var(CHILD) else {
+        // Other tests of this process have queues as well.
+        let world = World::new();
+        world.queue();
+        let name = "threads::a_queue_has_a_thread_for_each_connection_and_they_end_with_it";
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", name, "--nocapture"])
+            .env(CHILD, &world.schema)
+            .env("PUSHPOP_TEST_DATABASE_URL", &world.url)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    };
+    let queue = Queue::builder().schema(schema).pool_size(3).connect(crate::world::url()).unwrap();
+    for round in 0..3 {
+        thread::scope(|scope| {
+            for i in 0..40 {
+                let queue = &queue;
+                scope.spawn(move || {
+                    let topic = format!("{}", i % 8);
+                    for _ in 0..5 {
+                        queue.push(&topic, "m").unwrap();
+                        pop(queue, &topic).complete().unwrap();
+                    }
+                    let flights = threads("pushpop-flight");
+                    assert!((1..=3).contains(&flights), "{flights} threads for 3 connections");
+                });
+            }
+        });
+        assert_eq!((threads("pushpop-keep"), threads("pushpop-listen") <= 1), (1, true), "round {round}");
+    }
+    drop(queue);
+    until("its threads end", || threads("pushpop-") == 0);
 }
 
 /// One flight of a topic at a time is a rule for flights that get on.

@@ -2,11 +2,13 @@
 
 use std::sync::mpsc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pushpop_pg::{Error, ErrorKind, Lease, NewMessage, State};
 
-use crate::world::{SOON, World, drain, has_connection, pop, stats, text, until, until_listening};
+use crate::world::{
+    SOON, World, drain, has_connection, pop, stats, text, until, until_listening, until_locked,
+};
 
 #[test]
 fn smoke() {
@@ -294,6 +296,51 @@ fn a_transaction_waits_for_a_connection_no_longer_than_its_timeout() {
         })
         .unwrap();
     queue.push("t", "m").unwrap();
+}
+
+/// Whoever waits for the only connection gets it when it is free, and not when he looks again.
+#[test]
+fn a_transaction_begins_when_a_connection_is_free() {
+    let world = World::new();
+    let patience = SOON * 4;
+    let queue = world.open(world.builder().pool_size(1).operation_timeout(patience));
+    let waits = || {
+        thread::sleep(Duration::from_millis(200));
+        Instant::now()
+    };
+    let since = thread::scope(|scope| {
+        let (begun, begins) = mpsc::channel();
+        let (free, freed) = mpsc::channel();
+        let queue = &queue;
+        scope.spawn(move || {
+            queue.transaction(|_| {
+                begun.send(()).unwrap();
+                freed.recv().unwrap();
+                Ok(())
+            })
+        });
+        begins.recv().unwrap();
+        scope.spawn(|| queue.transaction(|_| Ok(())).unwrap());
+        let since = waits();
+        free.send(()).unwrap();
+        since
+    });
+    assert!(since.elapsed() < patience / 2, "after a transaction: {:?}", since.elapsed());
+
+    queue.push("t", "m").unwrap();
+    let lease = pop(&queue, "t");
+    let (mut holder, mut client) = (world.client(), world.client());
+    let mut tx = holder.transaction().unwrap();
+    tx.execute(&world.sql("select from pushpop.messages for update"), &[]).unwrap();
+    let since = thread::scope(|scope| {
+        scope.spawn(|| lease.complete().unwrap());
+        until_locked(&world, &mut client);
+        scope.spawn(|| queue.transaction(|_| Ok(())).unwrap());
+        let since = waits();
+        tx.rollback().unwrap();
+        since
+    });
+    assert!(since.elapsed() < patience / 2, "after a call: {:?}", since.elapsed());
 }
 
 #[test]

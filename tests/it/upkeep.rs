@@ -1,7 +1,8 @@
 //! Upkeep: done by one client at a time, and what it costs.
 
+use std::collections::HashSet;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use postgres::Client;
 
@@ -46,6 +47,22 @@ fn smoke() {
     assert_eq!(left(&world, &mut client), (10, 0, 0));
     assert_eq!(upkeep(&world, &mut client), 0);
     audit(&world, &mut client);
+}
+
+/// Upkeep of all topics comes once in the time for which history is kept, and not in a row.
+#[test]
+fn a_queue_without_work_looks_around_now_and_then() {
+    let world = World::new();
+    let _queue = world.open(world.builder().keep_settled(Duration::from_secs(1)));
+    let mut client = world.client();
+    let sql = "select query_start::text from pg_stat_activity where application_name = $1 and query like '%upkeep_due%'";
+    let mut looks = HashSet::new();
+    let until_then = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < until_then || looks.is_empty() {
+        looks.extend(client.query(sql, &[&world.schema]).unwrap().iter().map(|row| row.get::<_, String>(0)));
+        assert!(looks.len() <= 8, "{looks:?}");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

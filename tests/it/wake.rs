@@ -281,6 +281,39 @@ fn behind_a_pooler_waiting_pops_poll() {
     assert_eq!(stats(&waiting, "t").settled(), 1);
 }
 
+/// What a queue does itself it need not be told of.
+#[test]
+fn behind_a_pooler_a_queue_knows_what_it_has_done_itself() {
+    let world = World::new();
+    let mut config = world.config();
+    config.application_name(&world.schema);
+    let queue = world.builder().pooler(true).poll_interval(SOON * 4).connect_with(config).unwrap();
+    let second = Duration::from_secs(1);
+    type Push = fn(NewMessage) -> NewMessage;
+    let pushes: [(&str, Push); 3] = [
+        ("now", |message| message),
+        ("delayed", |message| message.delay(Duration::from_secs(1))),
+        ("at a time", |message| message.ready_at(time::OffsetDateTime::now_utc() + Duration::from_secs(1))),
+    ];
+    for (how, due) in pushes {
+        let (payload, took) = woken(&world, &queue, "t", || {
+            queue.push("t", due(NewMessage::new(how))).unwrap();
+        });
+        assert!(payload == how && took < WOKEN, "{how}: {took:?}");
+    }
+    for how in ["release", "defer", "fail"] {
+        let topic = format!("t {how}");
+        queue.push(&topic, how).unwrap();
+        let lease = pop(&queue, &topic);
+        let (payload, took) = woken(&world, &queue, &topic, || match how {
+            "release" => lease.release().unwrap(),
+            "defer" => lease.defer(second).unwrap(),
+            _ => lease.fail("why").unwrap(),
+        });
+        assert!(payload == how && took < WOKEN, "{how}: {took:?}");
+    }
+}
+
 /// Notifications that were lost cost a poll interval: nobody notifies here, as the row that says that
 /// somebody waits is held.
 #[test]

@@ -1,16 +1,20 @@
 //! Workers: what handlers say, how they fail, how they end.
 
 use std::collections::HashMap;
+use std::process::{ExitCode, Termination as _};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use pushpop_pg::{
-    Backoff, ErrorKind, Flight, Handled, NewMessage, Observer, Outcome, Queue, State, Stuck, Worker,
+    Backoff, Ended, ErrorKind, Flight, Handled, NewMessage, Observer, Outcome, Queue, State, Stuck, Worker,
 };
 
-use crate::world::{SOON, World, pop, stats, text, unique, until, until_wanted};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::spans::Notes;
+use crate::world::{SOON, World, has_connection, pop, stats, text, unique, until, until_wanted};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -46,6 +50,11 @@ impl Observer for Told {
     fn flight(&self, event: &Flight<'_>) {
         self.2.fetch_add(usize::from(event.kind() == "turn"), Ordering::Relaxed);
     }
+}
+
+/// How a program ends that returns this.
+fn status(ended: Ended) -> String {
+    format!("{:?}", ended.report())
 }
 
 #[test]
@@ -184,6 +193,7 @@ fn a_worker_runs_until_it_is_stopped() {
     let seen = Mutex::new(HashMap::new());
     // Borrowed by the handlers.
     let worker = Worker::new(&queue).handle("t", 8, |job| {
+        assert!(!job.should_stop() && !job.is_lost());
         *seen.lock().unwrap().entry(text(job.payload())).or_insert(0) += 1;
         Ok(())
     });
@@ -202,10 +212,13 @@ fn a_worker_runs_until_it_is_stopped() {
         assert_eq!(ended.to_string(), "stopped, all handlers have finished");
     });
     assert!(told.turns() > 0, "no settle shared a flight with a pop");
+    assert_eq!(told.stuck(), 0);
     assert!(seen.lock().unwrap().values().all(|times| *times == 1));
     assert_eq!(seen.lock().unwrap().len(), 500);
     queue.push("t", "late").unwrap();
-    assert_eq!(worker.run().unwrap().unfinished(), 0);
+    let ended = worker.run().unwrap();
+    assert_eq!(ended.unfinished(), 0);
+    assert_eq!(status(ended), format!("{:?}", ExitCode::SUCCESS));
     assert_eq!(stats(&queue, "t").ready(), 1, "a worker that was stopped stays so");
 }
 
@@ -479,13 +492,104 @@ fn a_handler_that_outlives_the_grace_period_loses_its_message() {
         let ended = running.join().unwrap();
         assert_eq!(ended.unfinished(), 1);
         assert_eq!(ended.to_string(), "stopped, one handler has outlived the grace period");
+        assert_eq!(status(ended), format!("{:?}", ExitCode::FAILURE));
         again.complete().unwrap();
     });
     assert!(matches!(queue.find("t", ids[0]).unwrap().unwrap().state(), State::Completed { .. }));
     assert_eq!(told.outcomes(), [("complete".into(), 1), ("released".into(), 1)]);
 }
 
+#[test]
+fn an_error_ends_a_run_until_idle() {
+    let world = World::new();
+    let queue = world.queue();
+    queue.push_many("t", ["a", "b"]).unwrap();
+    let worker = Worker::new(&queue).handle("t", 3, |_| {
+        queue.close();
+        Ok(())
+    });
+    let error = worker.run_until_idle().unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Closed, "{error}");
+}
+
+#[test]
+fn a_worker_says_which_attempt_was_the_last() {
+    let world = World::new();
+    let queue = world.open(world.builder().max_attempts(2));
+    let id = queue.push("t", "m").unwrap();
+    let worker = Worker::new(&queue).backoff(Backoff::fixed(Duration::ZERO)).handle(
+        "t",
+        1,
+        |_| -> Result<Outcome, _> { panic!("why") },
+    );
+    for dead in [0, 1] {
+        let notes = Notes::default();
+        until("it is handled", || notes.of(LevelFilter::WARN, || worker.work_once().unwrap()));
+        let logged = notes.logged();
+        assert_eq!(logged.matches("panicked: why").count(), 1, "{logged}");
+        assert_eq!(logged.matches("a message is dead").count(), dead, "{logged}");
+    }
+    assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Dead { .. }));
+}
+
+#[test]
+fn a_worker_says_what_it_could_not_settle() {
+    let world = World::new();
+    let queue = world.queue();
+    let id = queue.push("t", "m").unwrap();
+    let mut client = world.client();
+    let handed_on = world.sql("update pushpop.messages set fence = fence + 1");
+    let client = Mutex::new(&mut client);
+    let worker = Worker::new(&queue).handle("t", 1, |_| {
+        client.lock().unwrap().batch_execute(&handed_on)?;
+        Ok(())
+    });
+    let notes = Notes::default();
+    assert!(notes.of(LevelFilter::ERROR, || worker.work_once().unwrap()));
+    let logged = notes.logged();
+    assert!(logged.contains("was not settled") && logged.contains(&id.to_string()), "{logged}");
+}
+
+/// What is settled is watched over no longer: nothing is sent for it.
+#[test]
+fn a_worker_without_work_extends_no_leases() {
+    let world = World::new();
+    let queue = world.open(world.builder().lease(SECOND));
+    let worker = Worker::new(&queue).handle("t", 2, |_| Ok(()));
+    let stopper = worker.stopper();
+    let mut client = world.client();
+    thread::scope(|scope| {
+        let running = scope.spawn(|| worker.run().unwrap());
+        queue.push_many("t", (0..50).map(|i| i.to_string())).unwrap();
+        until("all are handled", || stats(&queue, "t").settled() == 50);
+        thread::sleep(SECOND);
+        assert!(!has_connection(&world, &mut client, "query like '%heartbeat%'"));
+        stopper.stop();
+        assert_eq!(running.join().unwrap().unfinished(), 0);
+    });
+}
+
 // Several topics.
+
+/// Of several that all have something none is served for ever before the others.
+#[test]
+fn one_message_at_a_time_each_topic_has_its_turn() {
+    let world = World::new();
+    let queue = world.queue();
+    let topics = ["a", "b", "c"];
+    for topic in topics {
+        queue.push_many(topic, (0..40).map(|i| i.to_string())).unwrap();
+    }
+    let seen = Mutex::new(HashMap::new());
+    let worker = Worker::new(&queue).handle_any(&topics, 1, |job| {
+        *seen.lock().unwrap().entry(job.topic().to_owned()).or_insert(0) += 1;
+        Ok(())
+    });
+    for _ in 0..40 {
+        assert!(worker.work_once().unwrap());
+    }
+    assert_eq!(seen.lock().unwrap().len(), 3, "{seen:?}");
+}
 
 #[test]
 fn a_pop_of_several_topics_takes_whichever_comes_first() {
@@ -643,7 +747,7 @@ mod signals {
             })
             .run()
             .unwrap();
-        println!("{ended}");
+        println!("{ended} ({:?})", ended.signal());
         if std::env::var("PUSHPOP_SIGNALS_LINGER").is_ok() {
             thread::sleep(SOON);
         }
@@ -694,7 +798,7 @@ mod signals {
         let mut process = Process::start(&world, false);
         process.hears("begins");
         process.signal("TERM");
-        process.hears("stopped by signal 15, all handlers have finished");
+        process.hears("stopped by signal 15, all handlers have finished (Some(15))");
         assert_eq!(process.status(), Some(0));
         assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Completed { .. }));
     }
@@ -710,7 +814,7 @@ mod signals {
         let lease = pop(&queue, "t");
         assert_eq!(lease.attempt(), 1);
         process.hears("lost");
-        process.hears("stopped by signal 2, one handler has outlived the grace period");
+        process.hears("stopped by signal 2, one handler has outlived the grace period (Some(2))");
         assert_eq!(process.status(), Some(0), "the status of the harness");
         lease.complete().unwrap();
     }
@@ -736,7 +840,7 @@ mod signals {
         let mut process = Process::start(&world, true);
         thread::sleep(SECOND);
         process.signal("TERM");
-        process.hears("stopped by signal 15, all handlers have finished");
+        process.hears("stopped by signal 15, all handlers have finished (Some(15))");
         process.signal("TERM");
         assert_eq!(process.status(), Some(143));
     }

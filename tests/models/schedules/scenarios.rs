@@ -79,8 +79,20 @@ struct Book {
     /// Popped, and not settled yet.
     held: BTreeSet<Uuid>,
     completed: BTreeSet<Uuid>,
-    /// Their settles may have happened.
-    doubtful: BTreeSet<Uuid>,
+    /// Their settles may have happened: how many. One caller may give a message back, and another
+    /// be in doubt of it before the first one comes to write that down.
+    doubtful: BTreeMap<Uuid, usize>,
+}
+
+impl Book {
+    fn doubts(&mut self, id: Uuid) {
+        *self.doubtful.entry(id).or_default() += 1;
+    }
+
+    fn doubts_no_more(&mut self, id: Uuid) {
+        self.doubtful.entry(id).and_modify(|doubts| *doubts -= 1);
+        self.doubtful.retain(|_, doubts| *doubts > 0);
+    }
 }
 
 /// Some queues on one server, and what their callers know.
@@ -153,12 +165,12 @@ impl Market {
     ) -> Result<Vec<Verdict>> {
         let id = lease.id();
         self.book().held.remove(&id);
-        self.book().doubtful.insert(id);
+        self.book().doubts(id);
         let verdicts = send();
         if let Ok(verdicts) = &verdicts {
             let mut book = self.book();
             assert_eq!(verdicts[..], [Verdict::Settled], "{id} was held");
-            book.doubtful.remove(&id);
+            book.doubts_no_more(id);
             if matches!(verb, Verb::Complete) {
                 book.completed.insert(id);
             }
@@ -191,12 +203,12 @@ impl Market {
                 }
                 Found::Leased => {
                     assert!(
-                        book.held.contains(&id) || book.doubtful.contains(&id),
+                        book.held.contains(&id) || book.doubtful.contains_key(&id),
                         "{id} is leased, to nobody"
                     );
                 }
                 Found::Completed => {
-                    assert!(book.completed.contains(&id) || book.doubtful.contains(&id), "{id} is gone");
+                    assert!(book.completed.contains(&id) || book.doubtful.contains_key(&id), "{id} is gone");
                 }
             }
         }
@@ -430,7 +442,7 @@ pub(crate) fn closing() {
     market.close_up(callers);
     let book = book.lock().unwrap();
     for id in leased {
-        let known = book.held.contains(&id) || book.completed.contains(&id) || book.doubtful.contains(&id);
+        let known = book.held.contains(&id) || book.completed.contains(&id) || book.doubtful.contains_key(&id);
         assert!(known, "{id} was on its way to nobody when closing had ended");
     }
     soon(Duration::from_secs(2));
