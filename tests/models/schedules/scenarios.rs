@@ -442,7 +442,8 @@ pub(crate) fn closing() {
     market.close_up(callers);
     let book = book.lock().unwrap();
     for id in leased {
-        let known = book.held.contains(&id) || book.completed.contains(&id) || book.doubtful.contains_key(&id);
+        let known =
+            book.held.contains(&id) || book.completed.contains(&id) || book.doubtful.contains_key(&id);
         assert!(known, "{id} was on its way to nobody when closing had ended");
     }
     soon(Duration::from_secs(2));
