@@ -538,3 +538,21 @@ impl Attempts {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use time::OffsetDateTime;
+
+    use super::*;
+
+    #[test]
+    fn a_message_is_looked_for_when_it_is_due() {
+        let minute = Duration::from_secs(60);
+        assert_eq!(NewMessage::new("").due.wait(), Duration::ZERO);
+        assert_eq!(NewMessage::new("").delay(minute).due.wait(), minute);
+        let wait = |at| NewMessage::new("").ready_at(at).due.wait();
+        let later = wait(OffsetDateTime::now_utc() + minute);
+        assert!((minute / 2..=minute).contains(&later), "{later:?}");
+        assert_eq!(wait(OffsetDateTime::now_utc() - minute), Duration::ZERO);
+    }
+}

@@ -344,3 +344,14 @@ impl fmt::Debug for Message {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_sent_is_counted() {
+        assert_eq!(NewMessage::new("").bytes(), 0);
+        assert_eq!(NewMessage::new("abc").header("key", "value").header("k", "").bytes(), 12);
+    }
+}

@@ -296,7 +296,7 @@ fn a_queue_works_again_after_the_server_was_frozen() {
     let server = own();
     let world = World::on(&server.url());
     let timeout = Duration::from_millis(500);
-    let queue = world.open(world.builder().operation_timeout(timeout).connect_timeout(timeout).pool_size(2));
+    let queue = world.open(world.builder().operation_timeout(timeout).connect_timeout(timeout).pool_size(1));
     queue.push("t", "before").unwrap();
     server.pause().unwrap();
     // More than there are connections, and often enough to use up places for those that hang.

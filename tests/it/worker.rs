@@ -76,6 +76,8 @@ fn a_handler_says_what_becomes_of_its_message() {
         ["complete", "unit", "discard", "defer", "settled", "error", "panic", "far"].map(push).into();
     let seen = Mutex::new(Vec::new());
     let handled = Worker::new(&queue)
+        // Else those that failed may come again before all are through.
+        .backoff(Backoff::fixed(SECOND * 60))
         .handle("t", 3, |job| {
             seen.lock().unwrap().push(job.id());
             Ok(match text(job.payload()).as_str() {
