@@ -196,8 +196,6 @@ impl Engine {
         let own = state.airborne.remove(&id).is_some();
         if own {
             state.in_use -= 1;
-        } else {
-            state.strays -= 1;
         }
         for (Part { topic, cargo }, outcome) in parts {
             self.note_outage(&mut state, outcome.error.as_ref());

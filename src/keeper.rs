@@ -106,7 +106,6 @@ impl Engine {
         self.route.doubt(flight.since);
         state.in_use -= 1;
         state.threads -= 1;
-        state.strays += 1;
         let error = Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true);
         for (topic, waiting) in flight.topics {
             self.release_lane(state, &topic, id, waiting, &Outcome::failed(error.clone()));

@@ -155,7 +155,6 @@ pub(crate) struct State {
     pub(crate) threads: usize,
     pub(crate) idle: usize,
     pub(crate) spinning: usize,
-    pub(crate) strays: usize,
     /// Connections that fly, or that a caller's transaction has.
     pub(crate) in_use: usize,
     pub(crate) outside_waits: usize,
