@@ -143,3 +143,66 @@ impl<T> Slot<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::ErrorKind;
+
+    fn now<T>(slot: &Slot<T>) -> Waited<T> {
+        slot.wait(Some(Instant::now()))
+    }
+
+    #[test]
+    fn an_answer_comes_from_the_flight_that_has_the_request() {
+        let slot = Slot::new();
+        assert!(slot.is_queued() && slot.is_awaited());
+        assert!(slot.board(1) && !slot.board(2), "on one flight at a time");
+        assert!(!slot.is_queued() && slot.is_awaited());
+        assert!(slot.land(2, Ok("another's")).is_err());
+        assert!(slot.land(1, Ok("its own")).is_ok());
+        assert!(!slot.is_awaited() && slot.land(1, Ok("again")).is_err());
+        assert!(matches!(now(&slot), Waited::Done(Ok("its own"))));
+        assert!(slot.land(1, Ok("late")).is_err(), "nobody waits");
+    }
+
+    #[test]
+    fn a_request_that_goes_on_waiting_keeps_the_error_of_its_flight() {
+        let slot = Slot::<()>::new();
+        assert!(slot.board(1));
+        assert!(!slot.leave(2, None) && !slot.is_queued(), "of another flight");
+        assert!(slot.leave(1, Some(Error::panicked())) && slot.is_queued());
+        assert!(matches!(now(&slot), Waited::Unsent(Some(_))));
+        let slot = Slot::<()>::new();
+        assert!(matches!(now(&slot), Waited::Unsent(None)));
+        let slot = Slot::<()>::new();
+        assert!(slot.board(1));
+        assert!(matches!(now(&slot), Waited::Unknown));
+    }
+
+    #[test]
+    fn what_is_called_off_ends_with_its_flight_at_the_latest() {
+        let slot = Slot::<()>::new();
+        slot.cancel();
+        assert!(!slot.board(1));
+        assert!(matches!(now(&slot), Waited::Done(Err(e)) if e.kind() == ErrorKind::Closed));
+
+        let slot = Slot::<()>::new();
+        assert!(slot.board(1));
+        slot.cancel();
+        assert!(!slot.leave(2, None) && !slot.leave(1, None));
+        assert!(matches!(now(&slot), Waited::Done(Err(e)) if e.kind() == ErrorKind::Closed));
+
+        let slot = Slot::new();
+        assert!(slot.board(1));
+        slot.cancel();
+        assert!(slot.land(2, Ok(2)).is_err() && slot.land(1, Ok(1)).is_ok());
+        assert!(matches!(now(&slot), Waited::Done(Ok(1))), "what it brings is taken");
+
+        let (slot, begun) = (Slot::<()>::new(), Instant::now());
+        assert!(slot.board(1));
+        slot.cancel();
+        assert!(matches!(slot.wait(None), Waited::Unknown));
+        assert!(begun.elapsed() >= ENDING);
+    }
+}

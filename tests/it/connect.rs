@@ -241,19 +241,19 @@ fn a_socket_file_is_served_whatever_sslmode_says() {
 #[test]
 #[cfg(not(feature = "rustls"))]
 fn encryption_that_takes_the_feature_is_refused() {
-    for params in [
-        "sslmode=require",
-        "sslmode=verify-ca",
-        "sslmode=verify-full&sslrootcert=root.crt",
-        "sslrootcert=root.crt",
-        "sslrootcert=system",
-        "sslcert=own.crt&sslkey=own.key",
+    for (params, named) in [
+        ("sslmode=require", "sslmode=require"),
+        ("sslmode=verify-ca", "sslmode=verify-ca"),
+        ("sslmode=verify-full&sslrootcert=root.crt", "sslmode=verify-full"),
+        ("sslrootcert=root.crt", "sslrootcert"),
+        ("sslrootcert=system", "sslmode=verify-full"),
+        ("sslcert=own.crt&sslkey=own.key", "a certificate of the client"),
     ] {
         // Nothing listens there: it is refused before anything is sent.
         let url = format!("postgres://u:hunter2@127.0.0.1:1/d?{params}");
         let error = Queue::connect(&url).map(drop).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
-        assert!(error.to_string().contains("needs the feature `rustls`"), "{error}");
+        assert!(error.to_string().contains(&format!("{named} needs the feature `rustls`")), "{error}");
         assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
     }
 }
@@ -324,6 +324,7 @@ fn settings_outside_their_limits_are_refused() {
         ("1 to 32767", b().max_attempts(0)),
         ("1 to 32767", b().max_attempts(32_768)),
         ("268435456", b().max_payload((256 << 20) + 1)),
+        ("behind a pooler", b().pooler(true).max_payload((16 << 20) + 1)),
         ("at most", b().keep_settled(Duration::MAX)),
         ("1 to 63", b().schema("")),
         ("1 to 63", b().schema("x".repeat(64))),
@@ -336,6 +337,8 @@ fn settings_outside_their_limits_are_refused() {
         assert_eq!(error.kind(), ErrorKind::Invalid, "{error}");
         assert!(error.to_string().contains(words), "{error} does not name {words}");
     }
+    let world = World::new();
+    world.builder().pooler(true).max_payload(1 << 20).connect(&world.url).unwrap().push("t", "m").unwrap();
 }
 
 #[test]

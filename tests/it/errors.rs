@@ -245,12 +245,23 @@ fn a_refused_call_keeps_its_connection() {
         client.query_one(sql, &[&world.schema]).unwrap().get(0)
     };
     let pid = backend();
-    let refuse = "alter table pushpop.messages add check (payload <> 'refused') not valid";
-    world.client().batch_execute(&world.sql(refuse)).unwrap();
+    // What is drawn from a sequence stays drawn: it counts the tries.
+    let refuse = "create sequence pushpop.tries;
+         create function pushpop.refuse_it() returns trigger language plpgsql as $$
+         begin
+           perform nextval('pushpop.tries');
+           raise exception 'refused' using errcode = 'P0042';
+         end $$;
+         create trigger refuse before insert on pushpop.messages for each row execute function pushpop.refuse_it()";
+    let mut admin = world.client();
+    admin.batch_execute(&world.sql(refuse)).unwrap();
     for _ in 0..3 {
-        assert_eq!(queue.push("t", "refused").unwrap_err().sqlstate(), Some("23514"));
-        assert_eq!(queue.push_many("t", ["refused", "m"]).unwrap_err().sqlstate(), Some("23514"));
+        assert_eq!(queue.push("t", "m").unwrap_err().sqlstate(), Some("P0042"));
+        assert_eq!(queue.push_many("t", ["m", "n"]).unwrap_err().sqlstate(), Some("P0042"));
     }
+    let tries: i64 = admin.query_one(&world.sql("select last_value from pushpop.tries"), &[]).unwrap().get(0);
+    assert_eq!(tries, 6, "nothing is tried again that was refused");
+    admin.batch_execute(&world.sql("drop trigger refuse on pushpop.messages")).unwrap();
     queue.push("t", "m").unwrap();
     assert_eq!(backend(), pid);
 }

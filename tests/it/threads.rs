@@ -105,8 +105,9 @@ fn calls_of_many_threads_share_flights() {
         };
         // The last caller may be back before its flight is told.
         until("all flights are told", || told(&|e| e.2).iter().sum::<usize>() == 640);
-        let most = told(&|e| e.1).into_iter().max();
-        assert!(most > Some(1), "no two calls shared a {kind}: {most:?}");
+        // A few for each round of 64 callers, instead of one for each caller.
+        let flights = told(&|e| e.1).len();
+        assert!(flights <= 640 / 4, "640 calls took {flights} flights to {kind}");
     }
 }
 

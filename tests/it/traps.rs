@@ -12,7 +12,8 @@ use crate::world::{World, pop, until, until_listening};
 #[test]
 fn a_function_that_was_made_anew_is_prepared_anew() {
     let world = World::new();
-    let queue = world.queue();
+    // One connection, which has prepared it.
+    let queue = world.open(world.builder().pool_size(1));
     let mut client = world.client();
     queue.push_many("t", ["1", "2"]).unwrap();
     pop(&queue, "t").complete().unwrap();

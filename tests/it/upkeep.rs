@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use postgres::Client;
 
 use crate::audit::audit;
-use crate::world::{World, pop, stats, until};
+use crate::world::{World, drain, pop, stats, until};
 
 /// Some history that may go, and some messages of a lease that ended: work for upkeep, and no client
 /// that would do it.
@@ -63,6 +63,40 @@ fn a_queue_without_work_looks_around_now_and_then() {
         assert!(looks.len() <= 8, "{looks:?}");
         thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// However much there is: other calls have their turn between its statements.
+#[test]
+fn one_statement_of_it_deletes_no_more_than_a_step() {
+    let world = World::new();
+    let queue = world.open(world.builder().keep_settled(Duration::from_secs(1)));
+    let mut client = world.client();
+    client
+        .batch_execute(&world.sql(
+            "create table pushpop.steps (topic text, n bigint);
+             create function pushpop.note_step() returns trigger language plpgsql as $$
+             begin
+               insert into pushpop.steps select topic, count(*) from gone group by topic;
+               return null;
+             end $$;
+             create trigger note after delete on pushpop.messages referencing old table as gone
+             for each statement execute function pushpop.note_step()",
+        ))
+        .unwrap();
+    let (topics, many) = (["a", "b", "c"], 1_500);
+    for topic in topics {
+        queue.push_many(topic, vec!["m"; many]).unwrap();
+        drain(&queue, topic);
+    }
+    let mut deleted = || {
+        let row = client
+            .query_one(&world.sql("select coalesce(sum(n), 0)::bigint, max(n) from pushpop.steps"), &[])
+            .unwrap();
+        (row.get::<_, i64>(0), row.get::<_, Option<i64>>(1))
+    };
+    until("all are deleted", || deleted().0 == 4_500);
+    // A thousand for all topics of a statement, and the rest of a row of the history.
+    assert!(deleted().1 <= Some(1_250), "{:?}", deleted());
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Workers: what handlers say, how they fail, how they end.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::process::{ExitCode, Termination as _};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
@@ -552,6 +552,27 @@ fn a_worker_says_what_it_could_not_settle() {
     assert!(logged.contains("was not settled") && logged.contains(&id.to_string()), "{logged}");
 }
 
+#[test]
+fn a_lease_is_extended_three_times_in_its_length() {
+    let world = World::new();
+    let queue = world.open(world.builder().lease(SECOND));
+    queue.push("t", "m").unwrap();
+    let client = Mutex::new(world.client());
+    let sql = "select query_start::text from pg_stat_activity where application_name = $1 and query like '%heartbeat%'";
+    let worker = Worker::new(&queue).handle("t", 1, |job| {
+        let (mut beats, until_then) = (HashSet::new(), Instant::now() + SECOND * 3);
+        while Instant::now() < until_then {
+            let rows = client.lock().unwrap().query(sql, &[&world.schema])?;
+            beats.extend(rows.iter().map(|row| row.get::<_, String>(0)));
+            thread::sleep(SECOND / 100);
+        }
+        assert!(!job.is_lost() && (2..=15).contains(&beats.len()), "{beats:?}");
+        Ok(())
+    });
+    assert!(worker.work_once().unwrap());
+    assert_eq!(stats(&queue, "t").settled(), 1, "the handler failed");
+}
+
 /// What is settled is watched over no longer: nothing is sent for it.
 #[test]
 fn a_worker_without_work_extends_no_leases() {
@@ -729,6 +750,8 @@ mod signals {
     fn child() {
         let Ok(url) = std::env::var("PUSHPOP_SIGNALS_URL") else { return };
         let schema = std::env::var("PUSHPOP_SIGNALS_SCHEMA").unwrap();
+        let log = tracing_subscriber::fmt().with_max_level(LevelFilter::INFO).with_ansi(false);
+        log.with_writer(std::io::stdout).init();
         let queue = Queue::builder().schema(schema).connect(&url).unwrap();
         let ended = Worker::new(&queue)
             .signals()
@@ -800,6 +823,7 @@ mod signals {
         let mut process = Process::start(&world, false);
         process.hears("begins");
         process.signal("TERM");
+        process.hears("SIGTERM: no more messages are popped; waiting for handlers that run");
         process.hears("stopped by signal 15, all handlers have finished (Some(15))");
         assert_eq!(process.status(), Some(0));
         assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Completed { .. }));
@@ -813,6 +837,7 @@ mod signals {
         let mut process = Process::start(&world, false);
         process.hears("begins");
         process.signal("INT");
+        process.hears("SIGINT: no more messages are popped; waiting for handlers that run");
         let lease = pop(&queue, "t");
         assert_eq!(lease.attempt(), 1);
         process.hears("lost");
@@ -842,6 +867,7 @@ mod signals {
         let mut process = Process::start(&world, true);
         thread::sleep(SECOND);
         process.signal("TERM");
+        process.hears("SIGTERM: no more messages are popped; waiting for handlers that run");
         process.hears("stopped by signal 15, all handlers have finished (Some(15))");
         process.signal("TERM");
         assert_eq!(process.status(), Some(143));
