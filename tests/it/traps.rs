@@ -4,7 +4,7 @@ use std::thread;
 use std::time::Duration;
 
 use postgres::NoTls;
-use pushpop_pg::{ErrorKind, NewMessage};
+use pushpop_pg::{ErrorKind, NewMessage, State};
 
 use crate::world::{World, pop, until, until_listening};
 
@@ -18,14 +18,17 @@ fn a_function_that_was_made_anew_is_prepared_anew() {
     queue.push_many("t", ["1", "2"]).unwrap();
     pop(&queue, "t").complete().unwrap();
     let definition = "select pg_get_functiondef($1::text::regproc)";
-    let old: String = client.query_one(definition, &[&world.sql("pushpop.pop")]).unwrap().get(0);
-    let new = old.replace("last_error text", "last_error character varying");
+    let old: String = client.query_one(definition, &[&world.sql("pushpop.settle_many")]).unwrap().get(0);
+    let new = old.replace("result text", "result character varying");
     assert_ne!(old, new);
     let mut tx = client.transaction().unwrap();
-    tx.batch_execute(&world.sql("drop function pushpop.pop")).unwrap();
+    tx.batch_execute(&world.sql("drop function pushpop.settle_many")).unwrap();
     tx.batch_execute(&new).unwrap();
     tx.commit().unwrap();
-    pop(&queue, "t").complete().unwrap();
+    let lease = pop(&queue, "t");
+    let id = lease.id();
+    lease.complete().unwrap();
+    assert!(matches!(queue.find("t", id).unwrap().unwrap().state(), State::Completed { .. }));
 }
 
 /// The server ends a session whose client is gone, also while that has rows locked.
