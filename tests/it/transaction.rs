@@ -340,7 +340,8 @@ fn a_transaction_begins_when_a_connection_is_free() {
         tx.rollback().unwrap();
         since
     });
-    assert!(since.elapsed() < patience / 2, "after a call: {:?}", since.elapsed());
+    // Upkeep, ten seconds after the push, would free whoever was forgotten.
+    assert!(since.elapsed() < Duration::from_secs(7), "after a call: {:?}", since.elapsed());
 }
 
 #[test]
