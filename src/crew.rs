@@ -220,9 +220,6 @@ impl Engine {
         if state.outside_waits > 0 {
             self.work.notify_all();
         }
-        if state.has_work() && !own {
-            let _ = self.start(&mut state);
-        }
         own
     }
 
@@ -289,7 +286,7 @@ impl Engine {
             self.wake_keeper(state, at);
             self.start_listener(state);
         }
-        if state.has_work() && state.idle > 0 {
+        if state.has_work() {
             self.work.notify_one();
         }
     }

@@ -165,7 +165,8 @@ impl Engine {
         }
         state.gathered += 1;
         // Otherwise the thread whose flight is under way goes on with it.
-        if state.list(topic) && state.has_work() { self.start(state) } else { Ok(()) }
+        state.list(topic);
+        if state.has_work() { self.start(state) } else { Ok(()) }
     }
 
     /// Makes sure that somebody takes the next flight.
@@ -201,7 +202,8 @@ impl Engine {
         if ready_in.is_zero() {
             lane.signal = true;
             lane.poll = false;
-            if state.list(topic) && state.has_work() {
+            state.list(topic);
+            if state.has_work() {
                 let _ = self.start(state);
             }
         } else {
@@ -330,9 +332,7 @@ impl Engine {
     fn give_back(self: &Arc<Self>) {
         let mut state = lock(&self.state);
         state.in_use -= 1;
-        if state.has_work() || state.outside_waits > 0 {
-            self.work.notify_all();
-        }
+        self.work.notify_all();
         if state.has_work() {
             let _ = self.start(&mut state);
         }
