@@ -531,6 +531,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn only_what_json_has_no_sign_for_is_escaped() {
+        let mut json = String::new();
+        quote("a \"b\"\\\u{1f}\u{7f}\u{e9}", &mut json);
+        assert_eq!(json, "\"a \\\"b\\\"\\\\\\u001f\u{7f}\u{e9}\"");
+    }
+
+    #[test]
     fn what_is_given_back_is_looked_for_in_time() {
         let fail = |delay| Verb::fail("why", delay);
         for (verb, seconds) in [

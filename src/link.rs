@@ -463,8 +463,22 @@ impl ManageConnection for Links {
     }
 }
 
-impl fmt::Debug for Links {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Links")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_logged_shows_no_parameter() {
+        assert_eq!(format!("{:?}", [Veiled(&"hunter2"), Veiled(&7_i64)]), "[.., ..]");
+    }
+
+    #[test]
+    fn what_answered_since_is_not_doubted() {
+        let route = Route::new(&Config::new(), open_with(postgres::NoTls), Duration::from_secs(1), None);
+        let (earlier, sent) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+        assert!(!route.is_doubtful(earlier));
+        route.doubt(sent);
+        route.doubt(earlier);
+        assert!(route.is_doubtful(earlier) && !route.is_doubtful(sent));
     }
 }

@@ -196,6 +196,7 @@ mod tests {
         let slot = Slot::new();
         assert!(slot.board(1));
         slot.cancel();
+        assert!(!slot.leave(2, None), "of another flight");
         assert!(slot.land(2, Ok(2)).is_err() && slot.land(1, Ok(1)).is_ok());
         assert!(matches!(now(&slot), Waited::Done(Ok(1))), "what it brings is taken");
 

@@ -394,31 +394,40 @@ mod tests {
 
     #[test]
     fn a_beat_says_when_the_next_one_is_due() {
-        let (length, sent) = (Duration::from_secs(30), Instant::now());
-        let state = State {
-            ends: sent + Duration::from_secs(5),
-            beat_at: sent,
-            busy: false,
-            lost: false,
-            over: false,
-            fate: "",
-            report_at: length,
+        let sent = Instant::now();
+        let running = |length| {
+            let state = State {
+                ends: sent + Duration::from_secs(5),
+                beat_at: sent,
+                busy: false,
+                lost: false,
+                over: false,
+                fate: "",
+                report_at: length,
+            };
+            Running {
+                id: Uuid::nil(),
+                topic: "t".to_owned(),
+                token: Vec::new(),
+                length,
+                since: sent,
+                retry: None,
+                state: Mutex::new(state),
+            }
         };
-        let running = Running {
-            id: Uuid::nil(),
-            topic: "t".to_owned(),
-            token: Vec::new(),
-            length,
-            since: sent,
-            retry: None,
-            state: Mutex::new(state),
-        };
+        for (length, again) in [(Duration::from_secs(5), 500), (Duration::from_secs(30), 1_000)] {
+            let running = running(length);
+            running.note(sent, "busy");
+            let due = lock(&running.state).beat_at;
+            assert!(lock(&running.state).busy && due > sent, "it is asked again");
+            assert!(due <= Instant::now() + Duration::from_millis(again), "soon: {:?}", due - sent);
+        }
+        let length = Duration::from_secs(30);
+        let running = running(length);
         let due = || lock(&running.state).beat_at;
         running.note(sent, "extended");
         assert_eq!((due(), lock(&running.state).ends), (sent + length / 3, sent + length));
         running.note(sent, "busy");
-        assert!(lock(&running.state).busy && due() > sent, "it is asked again");
-        assert!(due() <= Instant::now() + Duration::from_secs(1));
         assert!(!running.is_lost());
         running.note(sent, "lost");
         assert!(running.is_lost() && due() > sent + length * 10, "it is asked no more");

@@ -75,6 +75,18 @@ fn a_wrong_database_fails_at_once() {
     assert!(error.to_string().contains("nosuchdatabase"), "{error}");
 }
 
+/// What a server has answered is not called out of reach.
+#[test]
+fn a_server_without_room_fails_at_once() {
+    let mut admin = Client::connect(&guarded_url("postgres", "correct", "postgres"), NoTls).unwrap();
+    let (role, url) = guarded_role(&mut admin);
+    admin.batch_execute(&format!("alter role {role} connection limit 0")).unwrap();
+    let error = refused(&url);
+    assert_eq!((error.kind(), error.sqlstate()), (ErrorKind::Connection, Some("53300")));
+    assert!(error.is_retryable());
+    assert!(error.to_string().starts_with("connect: too many connections for role"), "{error}");
+}
+
 #[test]
 fn a_host_without_a_name_fails_at_once() {
     let error = refused("postgres://postgres@no-such-host.invalid/postgres");

@@ -231,6 +231,8 @@ fn what_is_debugged_says_what_it_is() {
     lease.release().unwrap();
     assert_eq!(worker.run_until_idle().unwrap(), 1);
     assert_eq!(stats(&queue, "t").settled(), 1);
+    queue.close();
+    assert!(format!("{queue:?}").contains("closed: true"), "{queue:?}");
 }
 
 /// An error of a statement says nothing about its connection.

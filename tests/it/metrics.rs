@@ -96,6 +96,7 @@ fn figures_agree_with_what_was_done() {
                 && of("duration_seconds_sum") > 0.0
         });
     }
+    assert_eq!(shown("pushpop_failed_flights_total{kind=\"settle\"}").unwrap_or_default(), 0.0);
 
     let reconnects = || shown("pushpop_reconnects_total").unwrap();
     let before = reconnects();

@@ -248,6 +248,37 @@ fn waiting_pops_ride_through_cuts() {
     });
 }
 
+/// A connection that only listens would wait for ever for a router that has forgotten it.
+#[test]
+fn a_listener_that_was_forgotten_listens_again() {
+    let server = Server::shared();
+    let proxy = Proxy::before(server).unwrap();
+    let world = World::on(&server.url());
+    let builder = world.builder().operation_timeout(TIMEOUT).connect_timeout(TIMEOUT);
+    let queue = builder.poll_interval(Duration::from_secs(3600)).connect(&proxy.url()).unwrap();
+    let other = world.queue();
+    let mut client = world.client();
+    let sql = "select pid from pg_stat_activity where application_name = $1 and query ilike 'listen%'";
+    let mut listeners = || -> HashSet<i32> {
+        client.query(sql, &[&world.schema]).unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| queue.pop("t").unwrap().complete().unwrap());
+        until("it listens", || !listeners().is_empty());
+        let forgotten = listeners();
+        proxy.set(Network::Lost);
+        thread::sleep(Duration::from_millis(200));
+        proxy.set(Network::Works);
+        let since = Instant::now();
+        while listeners().is_subset(&forgotten) {
+            assert!(since.elapsed() < SOON * 4, "it never listens again");
+            thread::sleep(Duration::from_millis(100));
+        }
+        other.push("t", "m").unwrap();
+        waiting.join().unwrap();
+    });
+}
+
 /// Replies are cut at any byte: of a push, a pop, a settle, and of a transaction up to its commit. Whatever was repeated
 /// has happened once. `PUSHPOP_CUTS` says how often; all bytes of a reply are tried in turn.
 #[test]

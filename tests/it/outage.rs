@@ -497,6 +497,7 @@ fn an_outage_is_logged_once_and_waited_out_with_patience() {
     assert!(output.status.success(), "{log}");
     let times = |words: &str| log.matches(words).count();
     assert_eq!((times("lost the server"), times("the server is back")), (1, 1), "{log}");
+    assert_eq!(times("leases were not extended in time"), 0, "{log}");
     // Two seconds and more, with pauses that double.
     for words in ["cannot listen", "leases were not extended, trying again"] {
         assert!((1..=30).contains(&times(words)), "{words}: {}\n{log}", times(words));

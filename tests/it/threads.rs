@@ -321,22 +321,56 @@ fn threads(name: &str) -> usize {
     names.filter(|comm| comm.starts_with(name)).count()
 }
 
+/// Runs a test once more in a process of its own, where no other has queues, and returns the schema to the one there.
+#[cfg(target_os = "linux")]
+fn alone(test: &str) -> Option<String> {
+    const CHILD: &str = "PUSHPOP_TEST_THREADS_OF";
+    if let Ok(schema) = std::env::var(CHILD) {
+        return Some(schema);
+    }
+    let world = World::new();
+    world.queue();
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("threads::{test}"), "--nocapture"])
+        .env(CHILD, &world.schema)
+        .env("PUSHPOP_TEST_DATABASE_URL", &world.url)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    None
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn threads_without_work_end_and_others_begin_with_it() {
+    let Some(schema) = alone("threads_without_work_end_and_others_begin_with_it") else { return };
+    let queue = Queue::builder().schema(schema).pool_size(2).connect(crate::world::url()).unwrap();
+    let work = || {
+        thread::scope(|scope| {
+            for topic in ["a", "b", "c"] {
+                let queue = &queue;
+                scope.spawn(move || {
+                    queue.push(topic, "m").unwrap();
+                    pop(queue, topic).complete().unwrap();
+                });
+            }
+        });
+        assert!((1..=2).contains(&threads("pushpop-flight")));
+    };
+    work();
+    // Half a minute without any.
+    let since = Instant::now();
+    while threads("pushpop-flight") > 0 {
+        assert!(since.elapsed() < SOON * 4, "they go on");
+        thread::sleep(Duration::from_millis(100));
+    }
+    work();
+}
+
 #[test]
 #[cfg(target_os = "linux")]
 fn a_queue_has_a_thread_for_each_connection_and_they_end_with_it() {
-    const CHILD: &str = "PUSHPOP_TEST_THREADS_OF";
-    let Ok(schema) = std::env::var(CHILD) else {
-        // Other tests of this process have queues as well.
-        let world = World::new();
-        world.queue();
-        let name = "threads::a_queue_has_a_thread_for_each_connection_and_they_end_with_it";
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", name, "--nocapture"])
-            .env(CHILD, &world.schema)
-            .env("PUSHPOP_TEST_DATABASE_URL", &world.url)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let Some(schema) = alone("a_queue_has_a_thread_for_each_connection_and_they_end_with_it") else {
         return;
     };
     let queue = Queue::builder().schema(schema).pool_size(3).connect(crate::world::url()).unwrap();

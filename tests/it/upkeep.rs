@@ -121,11 +121,14 @@ fn its_cost_is_in_the_figures() {
     // As a queue sees it, which does some itself.
     let queue = world.queue();
     let first = stats(&queue, "t");
+    client.batch_execute(&world.sql("select from pushpop.push('untouched', 'm', delay => 3600)")).unwrap();
+    assert!(queue.try_pop("untouched").unwrap().is_none());
     pop(&queue, "t").complete().unwrap();
     until("upkeep is done", || stats(&queue, "t").upkept_at() > first.upkept_at());
     let later = stats(&queue, "t");
     assert!(later.upkeep_time() > first.upkeep_time() && first.upkeep_time() > Duration::ZERO);
     assert_eq!(later.upkeep_rows(), 47);
+    assert_eq!(stats(&queue, "untouched").upkept_at(), None, "nothing was done that could need it");
     let unknown = stats(&queue, "unknown");
     assert_eq!(
         (unknown.upkept_at(), unknown.upkeep_time(), unknown.upkeep_rows()),

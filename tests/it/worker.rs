@@ -8,7 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pushpop_pg::{
-    Backoff, Ended, ErrorKind, Flight, Handled, NewMessage, Observer, Outcome, Queue, State, Stuck, Worker,
+    Backoff, Ended, ErrorKind, Flight, Handled, LeaseLost, NewMessage, Observer, Outcome, Queue, State,
+    Stuck, Worker,
 };
 
 use tracing_subscriber::filter::LevelFilter;
@@ -20,7 +21,7 @@ const SECOND: Duration = Duration::from_secs(1);
 
 /// Keeps what is told of handlers: the outcome, the attempt.
 #[derive(Clone, Default)]
-struct Told(Arc<Mutex<Vec<(String, u32)>>>, Arc<AtomicUsize>, Arc<AtomicUsize>);
+struct Told(Arc<Mutex<Vec<(String, u32)>>>, Arc<AtomicUsize>, Arc<AtomicUsize>, Arc<AtomicUsize>);
 
 impl Told {
     fn outcomes(&self) -> Vec<(String, u32)> {
@@ -36,6 +37,10 @@ impl Told {
     fn turns(&self) -> usize {
         self.2.load(Ordering::Relaxed)
     }
+
+    fn lost(&self) -> usize {
+        self.3.load(Ordering::Relaxed)
+    }
 }
 
 impl Observer for Told {
@@ -49,6 +54,10 @@ impl Observer for Told {
 
     fn flight(&self, event: &Flight<'_>) {
         self.2.fetch_add(usize::from(event.kind() == "turn"), Ordering::Relaxed);
+    }
+
+    fn lease_lost(&self, _: &LeaseLost<'_>) {
+        self.3.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -452,6 +461,8 @@ fn a_handler_has_a_limit() {
             if job.attempt() == 1 {
                 until("its time is up", || job.is_lost());
                 thread::sleep(SECOND);
+            } else {
+                thread::sleep(SECOND / 3);
             }
             Ok(())
         });
@@ -464,6 +475,7 @@ fn a_handler_has_a_limit() {
     assert!(matches!(found.state(), State::Completed { .. }), "{found:?}");
     assert_eq!((found.attempt(), found.last_error()), (2, Some("the handler ran longer than 1s")));
     assert_eq!(told.outcomes(), [("complete".into(), 2), ("timeout".into(), 1)]);
+    assert_eq!(told.lost(), 0, "what was ended is not settled again");
 }
 
 #[test]
@@ -538,6 +550,12 @@ fn a_worker_says_which_attempt_was_the_last() {
 fn a_worker_says_what_it_could_not_settle() {
     let world = World::new();
     let queue = world.queue();
+    queue.push("t", "m").unwrap();
+    let notes = Notes::default();
+    let settles = Worker::new(&queue).handle("t", 1, |_| Ok(()));
+    assert!(notes.of(LevelFilter::WARN, || settles.work_once().unwrap()));
+    assert_eq!(notes.logged(), "");
+
     let id = queue.push("t", "m").unwrap();
     let mut client = world.client();
     let handed_on = world.sql("update pushpop.messages set fence = fence + 1");
@@ -550,6 +568,47 @@ fn a_worker_says_what_it_could_not_settle() {
     assert!(notes.of(LevelFilter::ERROR, || worker.work_once().unwrap()));
     let logged = notes.logged();
     assert!(logged.contains("was not settled") && logged.contains(&id.to_string()), "{logged}");
+}
+
+/// A settle that is refused with a code that may pass is sent again, with pauses that grow, for as long as the
+/// lease is held.
+#[test]
+fn a_settle_is_repeated_while_that_may_help() {
+    let world = World::new();
+    let queue = world.open(world.builder().lease(SECOND));
+    let client = Mutex::new(world.client());
+    // The code, how often it is refused, how often it is sent.
+    for (code, refused, sent) in [("40001", 3, 4..=4), ("P0001", 3, 1..=1), ("40001", 1_000, 2..=12)] {
+        let refuses = world.sql(&format!(
+            "drop sequence if exists pushpop.sent;
+            create sequence pushpop.sent;
+            create or replace function pushpop.refuse() returns trigger language plpgsql as $$
+            begin
+              if nextval('pushpop.sent') <= {refused} then raise sqlstate '{code}'; end if;
+              return new;
+            end $$;
+            drop trigger if exists refuse on pushpop.history;
+            create trigger refuse before insert on pushpop.history
+              for each row execute function pushpop.refuse();"
+        ));
+        let gone = world.sql("drop function pushpop.heartbeat");
+        queue.push("t", "m").unwrap();
+        let worker = Worker::new(&queue).handle("t", 1, |_| {
+            let mut client = client.lock().unwrap();
+            client.batch_execute(&refuses)?;
+            if refused == 1_000 {
+                client.batch_execute(&gone)?;
+            }
+            Ok(())
+        });
+        let since = Instant::now();
+        assert!(worker.work_once().unwrap());
+        assert!(since.elapsed() < SOON, "{code}: {:?}", since.elapsed());
+        let sql = world.sql("select last_value from pushpop.sent");
+        let times: i64 = client.lock().unwrap().query_one(&sql, &[]).unwrap().get(0);
+        assert!(sent.contains(&times), "{code}, {refused} times: {times}");
+        assert_eq!(stats(&queue, "t").settled(), 1, "only the first was refused no more");
+    }
 }
 
 #[test]
@@ -870,6 +929,7 @@ mod signals {
         process.hears("SIGTERM: no more messages are popped; waiting for handlers that run");
         process.hears("stopped by signal 15, all handlers have finished (Some(15))");
         process.signal("TERM");
-        assert_eq!(process.status(), Some(143));
+        let heard = process.lines.by_ref().map(Result::unwrap).find(|line| line.contains("SIGTERM"));
+        assert_eq!((heard, process.status()), (None, Some(143)), "the worker listens no longer");
     }
 }
