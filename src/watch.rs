@@ -51,18 +51,17 @@ struct State {
     report_at: Duration,
 }
 
+impl State {
+    fn new(ends: Instant, beat_at: Instant, report_at: Duration) -> Self {
+        State { ends, beat_at, busy: false, lost: false, over: false, fate: "", report_at }
+    }
+}
+
 impl Running {
     fn new(lease: &Lease, retry: Option<f64>) -> Self {
         let (since, length) = (Instant::now(), lease.length());
-        let state = State {
-            ends: since + lease.remaining(),
-            beat_at: since + (lease.remaining() / 3).min(length / 3),
-            busy: false,
-            lost: false,
-            over: false,
-            fate: "",
-            report_at: length,
-        };
+        let beat_at = since + (lease.remaining() / 3).min(length / 3);
+        let state = State::new(since + lease.remaining(), beat_at, length);
         Running {
             id: lease.id(),
             topic: lease.topic().to_owned(),
@@ -395,25 +394,14 @@ mod tests {
     #[test]
     fn a_beat_says_when_the_next_one_is_due() {
         let sent = Instant::now();
-        let running = |length| {
-            let state = State {
-                ends: sent + Duration::from_secs(5),
-                beat_at: sent,
-                busy: false,
-                lost: false,
-                over: false,
-                fate: "",
-                report_at: length,
-            };
-            Running {
-                id: Uuid::nil(),
-                topic: "t".to_owned(),
-                token: Vec::new(),
-                length,
-                since: sent,
-                retry: None,
-                state: Mutex::new(state),
-            }
+        let running = |length| Running {
+            id: Uuid::nil(),
+            topic: "t".to_owned(),
+            token: Vec::new(),
+            length,
+            since: sent,
+            retry: None,
+            state: Mutex::new(State::new(sent + Duration::from_secs(5), sent, length)),
         };
         for (length, again) in [(Duration::from_secs(5), 500), (Duration::from_secs(30), 1_000)] {
             let running = running(length);
