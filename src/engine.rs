@@ -164,8 +164,8 @@ impl Engine {
             None => add(state.lanes.entry(topic.into()).or_default()),
         }
         state.gathered += 1;
-        // Otherwise the thread whose flight is under way goes on with it.
         state.list(topic);
+        // Otherwise the thread whose flight is under way goes on with it.
         if state.has_work() { self.start(state) } else { Ok(()) }
     }
 
