@@ -168,8 +168,8 @@ impl Engine {
                     Cargo::Settle(jobs) => {
                         jobs.iter().for_each(|job| drop(job.slot.land(id, Err(error.clone()))))
                     }
-                    Cargo::Turn(jobs) => {
-                        jobs.iter().for_each(|job| drop(job.settle.slot.land(id, Err(error.clone()))))
+                    Cargo::Turn(turns) => {
+                        turns.jobs.iter().for_each(|job| drop(job.settle.slot.land(id, Err(error.clone()))))
                     }
                     Cargo::Pop(_) => {}
                 }

@@ -11,11 +11,11 @@ use crate::calls::{Grant, Settle, Verdict, headers_json};
 use crate::crew::Outcome;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
-use crate::lane::{Cargo, Job, Kind, Part, PopJob, Pops, PushJob, SettleJob, TurnJob, asked};
+use crate::lane::{Cargo, Job, Kind, Lane, Part, PopJob, Pops, PushJob, SettleJob, TurnJob, Turns, asked};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
 use crate::observer::{LeaseLost, Popped, Pushed, Settled};
-use crate::slot::FlightId;
+use crate::slot::{FlightId, lock};
 
 /// When it is worth looking again for those whose part of a flight was short, or of whom the server does not know yet.
 const SOON: Duration = Duration::from_millis(20);
@@ -43,7 +43,7 @@ impl Flight<'_> {
             match cargo {
                 Cargo::Push(jobs) => pushes.push(Group { topic, jobs }),
                 Cargo::Settle(jobs) => settles.push(Group { topic, jobs }),
-                Cargo::Turn(jobs) => turns.push(Group { topic, jobs }),
+                Cargo::Turn(jobs) => turns.push((&**topic, jobs)),
                 Cargo::Pop(jobs) => pops.push((&**topic, jobs)),
             }
         }
@@ -194,7 +194,9 @@ impl Flight<'_> {
             Ok(grants) => {
                 for (((topic, pops), grants), outcome) in parts.iter().zip(grants).zip(outcomes) {
                     outcome.rows = grants.len();
-                    self.hand_out(topic, pops.jobs.iter(), pops.registered, grants, outcome);
+                    if self.hand_out(topic, pops.jobs.iter(), grants) {
+                        self.look_for_the_rest(topic, outcome);
+                    }
                 }
             }
             Err(e) if parts.len() > 1 && !e.is_of_all() => {
@@ -234,16 +236,8 @@ impl Flight<'_> {
         Ok(grants)
     }
 
-    /// Hands out what there is, in the order of the requests.
-    fn hand_out<'a>(
-        &mut self,
-        topic: &str,
-        jobs: impl Iterator<Item = &'a PopJob>,
-        registered: bool,
-        grants: Vec<Grant>,
-        outcome: &mut Outcome,
-    ) {
-        let none = grants.is_empty();
+    /// Hands out what there is, in the order of the requests. Returns whether some of them go on waiting.
+    fn hand_out<'a>(&self, topic: &str, jobs: impl Iterator<Item = &'a PopJob>, grants: Vec<Grant>) -> bool {
         let mut grants = grants.into_iter();
         let mut short = false;
         for job in jobs {
@@ -264,29 +258,36 @@ impl Flight<'_> {
         }
         // One that was called off since may have been counted.
         self.engine.abandon(topic, grants.collect());
-        if short {
-            if none || !registered {
-                if self.look(topic, outcome).unwrap_or(false) {
-                    outcome.look_in = Some(Duration::ZERO);
-                }
-            } else {
-                outcome.look_in = Some(SOON);
-            }
+        short
+    }
+
+    /// Sees to it that there is another look for those who go on waiting: a little later if there was something, or a
+    /// push is next, and others notify us.
+    fn look_for_the_rest(&mut self, topic: &str, outcome: &mut Outcome) {
+        let busy = |lane: &Lane| lane.is_registered() && (outcome.rows > 0 || !lane.pushes.is_empty());
+        if lock(&self.engine.state).lanes.get(topic).is_some_and(busy) {
+            outcome.look_in = Some(SOON);
+        } else if self.look(topic, outcome).unwrap_or(false) {
+            outcome.look_in = Some(Duration::ZERO);
         }
     }
 
     // Turn.
 
-    fn turn(&mut self, groups: &[Group<'_, TurnJob>], outcomes: &mut [Outcome]) {
-        let error = match self.turn_together(groups) {
+    fn turn(&mut self, parts: &[(&str, &Turns)], outcomes: &mut [Outcome]) {
+        let error = match self.turn_together(parts) {
             Ok((verdicts, grants)) => {
                 let mut verdicts = verdicts.into_iter();
-                for ((Group { topic, jobs }, grants), outcome) in groups.iter().zip(grants).zip(outcomes) {
+                for (((topic, turns), grants), outcome) in parts.iter().zip(grants).zip(outcomes) {
                     outcome.rows = grants.len();
-                    for (TurnJob { settle, .. }, verdicts) in jobs.iter().zip(verdicts.by_ref()) {
+                    // Its thread waits for the settle first: so it is woken once for both.
+                    let short = self.hand_out(topic, turns.pops(), grants);
+                    for (TurnJob { settle, .. }, verdicts) in turns.jobs.iter().zip(verdicts.by_ref()) {
                         self.answer_settle(topic, settle, Ok(verdicts), outcome);
                     }
-                    self.hand_out(topic, jobs.iter().map(|job| &job.pop), false, grants, outcome);
+                    if short {
+                        self.look_for_the_rest(topic, outcome);
+                    }
                 }
                 return;
             }
@@ -299,8 +300,8 @@ impl Flight<'_> {
             return;
         }
         // One of the settles may be the reason. The pops take the next flight.
-        for (Group { topic, jobs }, outcome) in groups.iter().zip(outcomes) {
-            for TurnJob { settle, .. } in *jobs {
+        for ((topic, turns), outcome) in parts.iter().zip(outcomes) {
+            for TurnJob { settle, .. } in &turns.jobs {
                 let group = Group { topic, jobs: std::slice::from_ref(settle) };
                 let verdicts = self
                     .settle_together(&[group])
@@ -313,16 +314,14 @@ impl Flight<'_> {
 
     /// Settles first, then pops; for each settle its verdicts, for each group its messages.
     #[allow(clippy::type_complexity, reason = "answers to two requests")]
-    fn turn_together(
-        &mut self,
-        groups: &[Group<'_, TurnJob>],
-    ) -> Result<(Vec<Vec<Verdict>>, Vec<Vec<Grant>>)> {
+    fn turn_together(&mut self, parts: &[(&str, &Turns)]) -> Result<(Vec<Vec<Verdict>>, Vec<Vec<Grant>>)> {
+        let groups: Vec<Group<'_, TurnJob>> =
+            parts.iter().map(|(topic, turns)| Group { topic, jobs: &turns.jobs }).collect();
         let settled = || groups.iter().flat_map(|group| group.jobs).map(|job| &job.settle);
         let settles: Vec<&Settle> = settled().flat_map(|job| &job.settles).collect();
-        let (proofs, slices) = (Proofs::new(&settles), Slices::new(groups));
+        let (proofs, slices) = (Proofs::new(&settles), Slices::new(&groups));
         let keep = self.engine.settings.keep_settled.as_secs_f64();
-        let wanted: Vec<i32> =
-            groups.iter().map(|group| asked(group.jobs.iter().map(|job| &job.pop))).collect();
+        let wanted: Vec<i32> = parts.iter().map(|(_, turns)| asked(turns.pops())).collect();
         let leases: Vec<Option<f64>> =
             groups.iter().map(|group| group.jobs[0].pop.lease.map(|lease| lease.as_secs_f64())).collect();
         let fallback = self.engine.settings.lease.as_secs_f64();

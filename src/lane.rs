@@ -90,12 +90,25 @@ pub(crate) struct Lane {
     passed: [u8; 4],
 }
 
-/// What a flight carries: requests of one kind for one topic.
+/// What a flight carries: requests of one kind for one topic, and pops beside turns.
 pub(crate) enum Cargo {
     Push(Vec<PushJob>),
     Settle(Vec<SettleJob>),
-    Turn(Vec<TurnJob>),
+    Turn(Turns),
     Pop(Pops),
+}
+
+/// Turns, and pops that have waited longer: all of one length of lease.
+pub(crate) struct Turns {
+    pub(crate) jobs: Vec<TurnJob>,
+    pub(crate) pops: Vec<PopJob>,
+}
+
+impl Turns {
+    /// All pops of it, in the order in which they get something.
+    pub(crate) fn pops(&self) -> impl Iterator<Item = &PopJob> {
+        self.pops.iter().chain(self.jobs.iter().map(|job| &job.pop))
+    }
 }
 
 /// Pops of one length of lease.
@@ -104,8 +117,6 @@ pub(crate) struct Pops {
     pub(crate) lease: Option<Duration>,
     /// Only the clock says that it is time to look.
     pub(crate) poll: bool,
-    /// The server knows that somebody waits.
-    pub(crate) registered: bool,
 }
 
 /// How many messages some pops want together.
@@ -242,23 +253,30 @@ impl Lane {
             || (self.signal && !self.pops.is_empty())
     }
 
+    /// Whether the server knows that somebody waits.
+    pub(crate) fn is_registered(&self) -> bool {
+        self.registered.is_some_and(|until| until > Instant::now())
+    }
+
     fn is_empty(&self) -> bool {
         self.pushes.is_empty() && self.settles.is_empty() && self.turns.is_empty() && self.pops.is_empty()
     }
 
     /// What the next flight takes along. The kind of which there are most leaves first: threads that do the same
-    /// things in turn then fall into step, and share all their flights. None is passed over three times.
+    /// things in turn then fall into step, and share all their flights. Of as many, pushes: a pop behind them finds
+    /// something. None is passed over three times.
     ///
     /// Beside parts for other topics only what is of their kind, and is alike in its cost.
     fn board(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
         let pops = if self.signal { self.pops.len() } else { 0 };
-        let waiting = [self.pushes.len(), self.settles.len(), self.turns.len(), pops];
+        let turns = if self.turns.is_empty() { 0 } else { self.turns.len() + pops };
+        let waiting = [self.pushes.len(), self.settles.len(), turns, pops];
         let order = |kind: Kind| {
             let (kind, waits) = (kind as usize, waiting[kind as usize]);
             (waits > 0, self.passed[kind] > 1, waits)
         };
         let next =
-            [Kind::Push, Kind::Settle, Kind::Turn, Kind::Pop].into_iter().max_by_key(|kind| order(*kind))?;
+            [Kind::Pop, Kind::Turn, Kind::Settle, Kind::Push].into_iter().max_by_key(|kind| order(*kind))?;
         if room.kind.is_some_and(|kind| kind != next || kind == Kind::Pop && self.poll) {
             return None;
         }
@@ -270,27 +288,34 @@ impl Lane {
             Kind::Settle => room.board(&mut self.settles, id, |_| true).map(Cargo::Settle),
             Kind::Turn => {
                 let lease = self.turns.front()?.pop.lease;
-                room.board(&mut self.turns, id, |job| job.pop.lease == lease).map(Cargo::Turn)
+                let jobs = room.board(&mut self.turns, id, |job| job.pop.lease == lease)?;
+                let pops = (pops > 0).then(|| self.board_pops(id, room, Some(lease))).flatten();
+                Some(Cargo::Turn(Turns { jobs, pops: pops.map(|pops| pops.jobs).unwrap_or_default() }))
             }
-            Kind::Pop => self.board_pops(id, room),
+            Kind::Pop => self.board_pops(id, room, None).map(Cargo::Pop),
         }
     }
 
     /// Those that are left behind, for want of room or with another lease, are next if there is enough for
-    /// these.
-    fn board_pops(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
+    /// these. Beside turns of some lease only those of the same that wait until there is something.
+    fn board_pops(
+        &mut self,
+        id: FlightId,
+        room: &mut Room,
+        beside: Option<Option<Duration>>,
+    ) -> Option<Pops> {
         self.pops.retain(|job| job.slot.is_awaited());
         let (mut here, away) = self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued());
         self.missed |= !away.is_empty();
         self.unheard |= here.is_empty();
-        let lease = here.front().map(|job| job.lease);
-        let jobs = room.board(&mut here, id, |job| Some(job.lease) == lease);
+        let lease = beside.or(here.front().map(|job| job.lease));
+        let alike = |job: &PopJob| Some(job.lease) == lease && (job.waits || beside.is_none());
+        let jobs = room.board(&mut here, id, alike);
         self.pops.extend(here.into_iter().chain(away));
         self.signal &= jobs.is_none() && lease.is_some();
         let (jobs, lease) = jobs.zip(lease)?;
         let poll = std::mem::take(&mut self.poll);
-        let registered = self.registered.is_some_and(|until| until > Instant::now());
-        Some(Cargo::Pop(Pops { jobs, lease, poll, registered }))
+        Some(Pops { jobs, lease, poll })
     }
 }
 
@@ -320,7 +345,7 @@ impl Room {
             }
             let Some(job) = queue.pop_front() else { break };
             if job.board(id) {
-                self.kind = Some(J::KIND);
+                self.kind.get_or_insert(J::KIND);
                 self.rows = self.rows.saturating_sub(job.rows());
                 self.bytes = self.bytes.saturating_sub(job.bytes());
                 jobs.push(job);
@@ -437,7 +462,7 @@ impl Cargo {
     pub(crate) fn pops(&self) -> Box<dyn Iterator<Item = &PopJob> + '_> {
         match self {
             Cargo::Push(_) | Cargo::Settle(_) => Box::new(std::iter::empty()),
-            Cargo::Turn(jobs) => Box::new(jobs.iter().map(|job| &job.pop)),
+            Cargo::Turn(turns) => Box::new(turns.pops()),
             Cargo::Pop(pops) => Box::new(pops.jobs.iter()),
         }
     }
@@ -447,7 +472,7 @@ impl Cargo {
         match self {
             Cargo::Push(jobs) => jobs.len(),
             Cargo::Settle(jobs) => jobs.len(),
-            Cargo::Turn(jobs) => jobs.len(),
+            Cargo::Turn(turns) => turns.jobs.len() + turns.pops.len(),
             Cargo::Pop(pops) => pops.jobs.len(),
         }
     }
@@ -456,7 +481,7 @@ impl Cargo {
         let first = match self {
             Cargo::Push(jobs) => jobs.first().map(Job::rows),
             Cargo::Settle(jobs) => jobs.first().map(Job::rows),
-            Cargo::Turn(jobs) => jobs.first().map(Job::rows),
+            Cargo::Turn(turns) => turns.jobs.first().map(Job::rows),
             Cargo::Pop(pops) => pops.jobs.first().map(Job::rows),
         };
         first >= Some(LARGE)

@@ -51,7 +51,7 @@ fn next(state: &mut State) -> Vec<(Kind, usize, usize)> {
         let rows = match cargo {
             Cargo::Push(jobs) => jobs.iter().map(Job::sent).sum(),
             Cargo::Settle(jobs) => jobs.iter().map(Job::sent).sum(),
-            Cargo::Turn(jobs) => jobs.iter().map(Job::sent).sum(),
+            Cargo::Turn(turns) => turns.jobs.iter().map(Job::sent).sum(),
             Cargo::Pop(pops) => pops.jobs.iter().map(Job::rows).sum(),
         };
         assert_eq!(state.lanes[topic].flying, (!cargo.is_large()).then_some(id));
@@ -81,6 +81,58 @@ fn the_kind_of_which_there_are_most_leaves_first() {
     assert_eq!(next(&mut state), [(Kind::Turn, 1, 1)]);
     assert_eq!(next(&mut state), []);
     assert!(state.lanes.is_empty() && state.ready.is_empty());
+}
+
+#[test]
+fn of_as_many_pushes_leave_first() {
+    let mut state = with(["t"], |lane| {
+        lane.signal = true;
+        lane.pops.push_back(pop(1, None));
+        lane.settles.push_back(settle(1));
+        lane.pushes.push_back(push(1));
+    });
+    let kinds: Vec<Kind> = (0..3).map(|_| next(&mut state)[0].0).collect();
+    assert_eq!(kinds, [Kind::Push, Kind::Settle, Kind::Pop]);
+}
+
+#[test]
+fn pops_that_wait_come_along_with_turns_and_are_served_first() {
+    let mut state = with(["t"], |lane| {
+        lane.signal = true;
+        lane.turns.push_back(turn(1, 1, Some(9)));
+        lane.pops.extend([pop(2, Some(9)), pop(3, Some(9))]);
+        lane.pops.push_back(PopJob { waits: false, ..pop(4, Some(9)) });
+        lane.pops.push_back(pop(5, Some(9)));
+    });
+    let Some(Load::Shared(parts)) = state.take(1) else { panic!("nothing leaves") };
+    let Cargo::Turn(turns) = &parts[0].cargo else { panic!("no turn leaves") };
+    assert_eq!(turns.pops().map(|job| job.max).collect::<Vec<_>>(), [2, 3, 1]);
+    assert_eq!(asked(turns.pops()), 6);
+    let left = &state.lanes["t"].pops;
+    assert_eq!(
+        left.iter().map(|job| job.max).collect::<Vec<_>>(),
+        [4, 5],
+        "one that does not wait, and what is behind it"
+    );
+}
+
+/// Nor can turns hold them up for ever.
+#[test]
+fn pops_with_another_lease_do_not_come_along_with_turns() {
+    let mut state = with(["t"], |lane| {
+        lane.signal = true;
+        lane.pops.push_back(pop(1, Some(7)));
+    });
+    let kinds: Vec<(Kind, usize)> = (0..4)
+        .map(|_| {
+            let lane = state.lanes.entry("t".into()).or_default();
+            lane.turns.extend([turn(1, 1, Some(9)), turn(1, 1, Some(9))]);
+            state.list("t");
+            let (kind, callers, _) = next(&mut state)[0];
+            (kind, callers)
+        })
+        .collect();
+    assert_eq!(kinds, [(Kind::Turn, 2), (Kind::Turn, 2), (Kind::Pop, 1), (Kind::Turn, 4)]);
 }
 
 #[test]
@@ -251,14 +303,7 @@ fn the_server_is_told_of_those_that_wait_when_it_has_forgotten_them() {
     let minute = Duration::from_secs(60);
     let now = Instant::now();
     for (until, known) in [(None, false), (now.checked_sub(minute), false), (Some(now + minute), true)] {
-        let mut state = with(["t"], |lane| {
-            lane.signal = true;
-            lane.registered = until;
-            lane.pops.push_back(pop(1, None));
-        });
-        let Some(Load::Shared(parts)) = state.take(1) else { panic!("nothing leaves") };
-        let Cargo::Pop(pops) = &parts[0].cargo else { panic!("no pop leaves") };
-        assert_eq!(pops.registered, known);
+        assert_eq!(Lane { registered: until, ..Lane::default() }.is_registered(), known);
     }
 }
 
