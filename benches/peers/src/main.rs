@@ -106,8 +106,9 @@ fn list(word: Option<String>) -> Vec<String> {
 /// No peer combines messages of several callers. Where one can be kept from combining them, it is.
 fn one_a_call() -> Vec<Box<dyn Peer>> {
     vec![
-        Box::new(Pushpop { many: false, history: true }),
-        Box::new(Pushpop { many: false, history: false }),
+        Box::new(Pushpop { many: false, history: true, worker: false }),
+        Box::new(Pushpop { many: false, history: false, worker: false }),
+        Box::new(Pushpop { many: false, history: true, worker: true }),
         Box::new(Pgmq { many: false, archive: true }),
         Box::new(Pgmq { many: false, archive: false }),
         Box::new(Fang),
@@ -119,8 +120,9 @@ fn one_a_call() -> Vec<Box<dyn Peer>> {
 /// One message a call, and each combines what it combines by itself.
 fn batched_inside() -> Vec<Box<dyn Peer>> {
     vec![
-        Box::new(Pushpop { many: false, history: true }),
-        Box::new(Pushpop { many: false, history: false }),
+        Box::new(Pushpop { many: false, history: true, worker: false }),
+        Box::new(Pushpop { many: false, history: false, worker: false }),
+        Box::new(Pushpop { many: false, history: true, worker: true }),
         Box::new(Graphile { batches: true, many: false }),
         Box::new(Awa { batches: true, many: false }),
     ]
@@ -129,8 +131,8 @@ fn batched_inside() -> Vec<Box<dyn Peer>> {
 /// As many messages a call as the work says.
 fn batched_calls() -> Vec<Box<dyn Peer>> {
     vec![
-        Box::new(Pushpop { many: true, history: true }),
-        Box::new(Pushpop { many: true, history: false }),
+        Box::new(Pushpop { many: true, history: true, worker: false }),
+        Box::new(Pushpop { many: true, history: false, worker: false }),
         Box::new(Pgmq { many: true, archive: true }),
         Box::new(Pgmq { many: true, archive: false }),
         Box::new(Graphile { batches: true, many: true }),

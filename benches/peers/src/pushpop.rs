@@ -6,7 +6,7 @@ use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use pushpop_measure::{Result, Tally, together};
-use pushpop_pg::{Builder, Error, Lease, Queue};
+use pushpop_pg::{Builder, Error, Lease, Outcome, Queue, Worker};
 
 use crate::message::Message;
 use crate::system::{Peer, System};
@@ -22,6 +22,8 @@ pub(crate) struct Pushpop {
     /// One message a call, or as many as the work says.
     pub(crate) many: bool,
     pub(crate) history: bool,
+    /// Its worker pops and settles, as the worker of a framework does.
+    pub(crate) worker: bool,
 }
 
 impl Pushpop {
@@ -33,7 +35,11 @@ impl Pushpop {
 
 impl Peer for Pushpop {
     fn name(&self) -> &'static str {
-        if self.history { NAME } else { "pushpop-pg, no history" }
+        match (self.worker, self.history) {
+            (true, _) => "pushpop-pg, worker",
+            (false, true) => NAME,
+            (false, false) => "pushpop-pg, no history",
+        }
     }
 
     fn schema(&self) -> &'static str {
@@ -46,13 +52,15 @@ impl Peer for Pushpop {
     }
 
     fn open(&self, url: &str, _threads: usize) -> Result<Box<dyn System>> {
-        Ok(Box::new(Open { queue: self.builder().migrate(false).connect(url)?, many: self.many }))
+        let queue = self.builder().migrate(false).connect(url)?;
+        Ok(Box::new(Open { queue, many: self.many, worker: self.worker }))
     }
 }
 
 struct Open {
     queue: Queue,
     many: bool,
+    worker: bool,
 }
 
 impl System for Open {
@@ -70,6 +78,9 @@ impl System for Open {
     fn drain(&self, work: &Arc<Work>, threads: usize, up: Sender<()>) -> Result<Instant> {
         work.begin();
         let _ = up.send(());
+        if self.worker {
+            return self.handle_all(work, threads);
+        }
         together(threads, |_| {
             let mut tally = work.tally();
             while let Some(share) = work.next_share() {
@@ -81,6 +92,9 @@ impl System for Open {
     }
 
     fn in_turn(&self, work: &Arc<Work>, threads: usize) -> Result<bool> {
+        if self.worker {
+            return Ok(false);
+        }
         together(threads, |_| {
             let mut tally = work.tally();
             while let Some(numbers) = work.next_push() {
@@ -111,6 +125,24 @@ impl Open {
         }
         numbers.for_each(|n| tally.pushed(n));
         Ok(())
+    }
+
+    /// All messages by a worker, which returns when the last of them is settled.
+    fn handle_all(&self, work: &Arc<Work>, threads: usize) -> Result<Instant> {
+        let worker = Worker::new(&self.queue).handle(TOPIC, threads, |job| {
+            work.handle(Message::read(job.payload()).map_err(|e| e.to_string())?.number);
+            Ok(Outcome::Complete)
+        });
+        let stopper = worker.stopper();
+        std::thread::scope(|scope| {
+            let running = scope.spawn(|| worker.run());
+            let handled = work.wait_handled();
+            stopper.stop();
+            let ended = running.join().map_err(|_| "the worker panicked")?;
+            handled?;
+            let _ = ended?;
+            Ok(Instant::now())
+        })
     }
 
     fn work_some(&self, mut share: usize, tally: &mut Tally<'_>) -> Result<()> {

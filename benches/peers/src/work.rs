@@ -16,6 +16,13 @@ pub(crate) const MOMENT: Duration = Duration::from_millis(1);
 /// How often. It is not the time that is limited, as the whole program may be halted for a while.
 pub(crate) const LOOKS: u32 = 20_000;
 
+/// How many messages had been handled at the last look, and how many looks ago that was the news.
+#[derive(Default)]
+struct Seen {
+    handled: u64,
+    looks: u32,
+}
+
 /// Messages to be pushed and worked, by any number of threads.
 #[derive(Debug)]
 pub(crate) struct Work {
@@ -79,24 +86,31 @@ impl Work {
         self.handled.fetch_add(1, Ordering::Release);
     }
 
-    fn all_are_handled(&self) -> bool {
-        self.handled.load(Ordering::Acquire) >= self.total
-    }
-
     /// Returns when handlers have been given as many messages as there are. It is an error if none comes for
     /// a while.
     pub(crate) async fn handled(&self) -> Result<()> {
-        let (mut last, mut looks) = (0, 0);
-        while !self.all_are_handled() {
-            let handled = self.handled.load(Ordering::Relaxed);
-            looks = if handled > last { 0 } else { looks + 1 };
-            last = handled;
-            if looks > LOOKS {
-                return Err(starved(self.total - handled));
-            }
+        let mut seen = Seen::default();
+        while self.goes_on(&mut seen)? {
             tokio::time::sleep(MOMENT).await;
         }
         Ok(())
+    }
+
+    /// The same for threads.
+    pub(crate) fn wait_handled(&self) -> Result<()> {
+        let mut seen = Seen::default();
+        while self.goes_on(&mut seen)? {
+            std::thread::sleep(MOMENT);
+        }
+        Ok(())
+    }
+
+    fn goes_on(&self, seen: &mut Seen) -> Result<bool> {
+        let handled = self.handled.load(Ordering::Acquire);
+        let missing = self.total.saturating_sub(handled);
+        seen.looks = if handled > seen.handled { 0 } else { seen.looks + 1 };
+        seen.handled = handled;
+        if missing > 0 && seen.looks > LOOKS { Err(starved(missing)) } else { Ok(missing > 0) }
     }
 
     /// Fails if a message was lost or handled twice.
