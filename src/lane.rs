@@ -80,6 +80,8 @@ pub(crate) struct Lane {
     pub(crate) missed: bool,
     /// A signal found nobody in the lane: those on flights may have looked before it came.
     pub(crate) unheard: bool,
+    /// The last flight with pops left one behind that does not wait.
+    hurry: bool,
     /// When to look next for those that wait.
     pub(crate) look_at: Option<Instant>,
     /// Until when the server knows that somebody waits.
@@ -297,7 +299,8 @@ impl Lane {
     }
 
     /// Those that are left behind, for want of room or with another lease, are next if there is enough for
-    /// these. Beside turns of some lease only those of the same that wait until there is something.
+    /// these, or if they want an answer in any case. Beside turns of some lease only those of the same that wait
+    /// until there is something.
     fn board_pops(
         &mut self,
         id: FlightId,
@@ -308,11 +311,17 @@ impl Lane {
         let (mut here, away) = self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued());
         self.missed |= !away.is_empty();
         self.unheard |= here.is_empty();
+        if self.hurry && beside.is_none() {
+            // Those that wait are in front again after a flight that brought them nothing.
+            let hurried = here.iter().find(|job| !job.waits).map(|job| job.lease);
+            here.make_contiguous().sort_by_key(|job| Some(job.lease) != hurried);
+        }
         let lease = beside.or(here.front().map(|job| job.lease));
         let alike = |job: &PopJob| Some(job.lease) == lease && (job.waits || beside.is_none());
         let jobs = room.board(&mut here, id, alike);
+        self.hurry = here.iter().any(|job| !job.waits);
         self.pops.extend(here.into_iter().chain(away));
-        self.signal &= jobs.is_none() && lease.is_some();
+        self.signal &= jobs.is_none() && lease.is_some() || self.hurry;
         let (jobs, lease) = jobs.zip(lease)?;
         let poll = std::mem::take(&mut self.poll);
         Some(Pops { jobs, lease, poll })

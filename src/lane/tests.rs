@@ -116,6 +116,32 @@ fn pops_that_wait_come_along_with_turns_and_are_served_first() {
     );
 }
 
+/// They would be in front again after each flight that finds nothing.
+#[test]
+fn pops_that_wait_do_not_hold_up_those_that_do_not() {
+    let look = |lease| PopJob { waits: false, ..pop(1, Some(lease)) };
+    let mut state = with(["t"], |lane| {
+        lane.signal = true;
+        lane.pops.extend([pop(1, Some(7)), look(8), pop(1, Some(7)), look(9), pop(1, Some(8))]);
+    });
+    let mut seen = Vec::new();
+    while let Some(Load::Shared(parts)) = state.take(state.flights) {
+        let Cargo::Pop(pops) = &parts[0].cargo else { panic!("no pop leaves") };
+        seen.push((pops.lease.unwrap().as_secs(), pops.jobs.len()));
+        let lane = state.lanes.get_mut("t").unwrap();
+        lane.flying = None;
+        // There was nothing.
+        for job in pops.jobs.iter().rev().filter(|job| job.waits) {
+            assert!(job.slot.leave(state.flights, None));
+            lane.pops.push_front(job.clone());
+        }
+        state.flights += 1;
+        state.list("t");
+    }
+    assert_eq!(seen, [(7, 1), (8, 2), (9, 1)], "each kind of those that do not wait, and then none");
+    assert_eq!(state.lanes["t"].pops.len(), 3);
+}
+
 /// Nor can turns hold them up for ever.
 #[test]
 fn pops_with_another_lease_do_not_come_along_with_turns() {

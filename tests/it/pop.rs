@@ -440,3 +440,20 @@ fn pops_of_the_same_topics_do_not_wait_for_each_other() {
         assert_eq!(text(pop(&queue, topic).payload()), "b");
     }
 }
+
+/// Those that ask with a lease of another length have a flight of their own, and it is not held up.
+#[test]
+fn a_look_does_not_wait_behind_pops_with_another_lease() {
+    let world = World::new();
+    let queue = world.queue();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| queue.pop_timeout("t", SOON));
+        let waits = "select from pushpop.topics where topic = 't' and wanted_until > clock_timestamp()";
+        until("somebody waits", || !world.client().query(&world.sql(waits), &[]).unwrap().is_empty());
+        for _ in 0..3 {
+            assert!(queue.with_lease(SECOND).try_pop("t").unwrap().is_none());
+        }
+        queue.push("t", "m").unwrap();
+        assert_eq!(waiting.join().unwrap().unwrap().unwrap().payload(), b"m");
+    });
+}
