@@ -3,8 +3,8 @@
 //!
 //! A lane holds the requests for one topic. One flight is under way at a time, so that requests gather
 //! while it is: the more callers, the larger the flights. It carries requests of one kind, of as many lanes
-//! as have some, and pops beside those that settle and pop. Callers never touch a connection. A flight that hangs is written off when it is overdue:
-//! its thread is left to end by itself, and another takes its place.
+//! as have some, and pops beside those that settle and pop. Callers never touch a connection. A flight that
+//! hangs is written off when it is overdue: its thread is left to end by itself, and another takes its place.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};

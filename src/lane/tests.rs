@@ -325,7 +325,7 @@ fn a_signal_that_nobody_hears_is_kept() {
 }
 
 #[test]
-fn the_server_is_told_of_those_that_wait_when_it_has_forgotten_them() {
+fn the_server_knows_of_those_that_wait_for_a_while() {
     let minute = Duration::from_secs(60);
     let now = Instant::now();
     for (until, known) in [(None, false), (now.checked_sub(minute), false), (Some(now + minute), true)] {
