@@ -21,6 +21,7 @@ const MIGRATIONS: &[Migration] = &[Migration {
         include_str!("../sql/0001/push.sql"),
         include_str!("../sql/0001/pop.sql"),
         include_str!("../sql/0001/settle.sql"),
+        include_str!("../sql/0001/order.sql"),
         include_str!("../sql/0001/look.sql"),
         include_str!("../sql/0001/stats.sql"),
         include_str!("../sql/0001/upkeep.sql"),

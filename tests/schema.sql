@@ -46,12 +46,17 @@ begin
 end
 $$;
 CREATE FUNCTION pushpop.bottom(topic text) RETURNS timestamp with time zone
-    LANGUAGE sql
+    LANGUAGE plpgsql
     AS $$
-  select coalesce(least(
-    (select t.low from "pushpop".topics t where t.topic = bottom.topic),
-    (select b.ready_at from "pushpop".behind b where b.topic = bottom.topic order by b.ready_at, b.id limit 1)
-  ), '-infinity')
+#variable_conflict use_column
+declare
+  start timestamptz;
+  late  timestamptz;
+begin
+  select t.low into start from "pushpop".topics t where t.topic = bottom.topic;
+  select b.ready_at into late from "pushpop".behind b where b.topic = bottom.topic order by b.ready_at, b.entry limit 1;
+  return least(coalesce(start, '-infinity'), late);
+end
 $$;
 CREATE FUNCTION pushpop.cancel(topic text, id uuid, keep double precision DEFAULT 3600) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
@@ -258,6 +263,33 @@ CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double pr
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'discard', null, null, keep, once) $$;
+CREATE FUNCTION pushpop.enqueue(topic text, moment timestamp with time zone, low timestamp with time zone, ready_at timestamp with time zone, pushed_at timestamp with time zone, place integer, fence integer, ids uuid[]) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  n integer := cardinality(ids);
+begin
+  if n = 1 then
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+    values (enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place, 1, enqueue.fence, enqueue.ids[1], enqueue.ids);
+  else
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+    select enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place + first - 1, least(25, n - first + 1), enqueue.fence,
+           enqueue.ids[first], enqueue.ids[first : first + 24]
+    from generate_series(1, n, 25) first;
+  end if;
+  if ready_at >= moment then
+    if low is null then
+      select t.low into low from "pushpop".topics t where t.topic = enqueue.topic;
+    end if;
+    if (ready_at < low) is not true then
+      return;
+    end if;
+  end if;
+  insert into "pushpop".behind (topic, ready_at) values (enqueue.topic, enqueue.ready_at);
+end
+$$;
 CREATE FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -373,12 +405,8 @@ begin
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
-    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.fence, message.id, array[message.id]);
-    if message.ready_at < moment + interval '1 second' then
-      insert into "pushpop".behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
-      on conflict do nothing;
-    end if;
+    perform "pushpop".enqueue(give_back.topic, moment, null, message.ready_at, message.pushed_at, message.place, message.fence,
+                            array[message.id]);
   end if;
   return true;
 end
@@ -530,17 +558,22 @@ CREATE FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) R
     AS $$
 #variable_conflict use_column
 declare
-  known   "pushpop".topics := "pushpop".lock_topic(topic);
+  known   "pushpop".topics;
   running text[];
+  renamed boolean;
   start   timestamptz;
   alive   timestamptz;
 begin
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    return;
+  end if;
+  known := "pushpop".lock_topic(note_look.topic);
   if known.topic is null then
     return;
   end if;
-  -- Whoever reads the time holds the lock on the table, so no time that is read comes before sure_to, unless the
-  -- clock went back. No mark holds then.
-  if known.sure_to > moment then
+  -- Every clock is read under the lock on the table, so none that is read now comes before sure_to or checking_at,
+  -- unless the server's clock went back. No watermark holds then.
+  if greatest(known.sure_to, known.checking_at) > moment then
     known.low := '-infinity';
     known.sure_to := '-infinity';
     known.checking_at := '-infinity';
@@ -553,16 +586,19 @@ begin
     where l.locktype = 'relation' and l.relation = format('%I.messages', 'pushpop')::regclass
       and l.database = (select d.oid from pg_database d where d.datname = current_database())
       and l.mode = 'RowExclusiveLock');
-  if not known.checking_for && running then
+  -- A prepared transaction has another name after a crash: -1/ and its transaction id. One of that kind which was not
+  -- there at checking_at may be one of those that were.
+  renamed := exists (select from unnest(running) r(name) where r.name like '-1/%' and r.name <> all (known.checking_for));
+  if not known.checking_for && running and not (renamed and known.checking_at > '-infinity') then
     known.sure_to := greatest(known.sure_to, known.checking_at);
     known.checking_at := moment;
     known.checking_for := running;
   end if;
-  -- A row that is deleted here was committed with its run, which the next statement sees.
-  with past as (
+  -- A late entry that is deleted here was committed with its run, which the next statement sees.
+  with late as (
     delete from "pushpop".behind b where b.topic = note_look.topic returning b.ready_at
   )
-  select least(known.low, min(p.ready_at)) into start from past p;
+  select least(known.low, min(l.ready_at)) into start from late l;
   select q.ready_at into alive from "pushpop".runs q
   where q.topic = note_look.topic and q.ready_at >= start
   order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
@@ -665,7 +701,8 @@ begin
     if known.looked_at is null or known.looked_at not between moment - interval '10 seconds' and moment
        or exists (select from "pushpop".behind b where b.topic = pop.topic) then
       perform "pushpop".note_look(pop.topic, moment);
-      select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from "pushpop".topics t where t.topic = pop.topic;
+      -- Another transaction may have the topic in its hands for long: what lies before the watermark comes first all the same.
+      known.low := "pushpop".bottom(pop.topic);
     end if;
   end if;
   start := coalesce(known.low, '-infinity');
@@ -874,12 +911,7 @@ begin
   if duplicate then
     perform "pushpop".wait_for_duplicate();
   else
-    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
-    values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);
-    -- A time in the past, or the clock went back.
-    if push.ready_at is not null and due <= stamped or due < known.low then
-      insert into "pushpop".behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
-    end if;
+    perform "pushpop".enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed]);
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push.topic);
     end if;
@@ -956,34 +988,23 @@ begin
     select coalesce(array_agg(s.place), '{}') into places from stored s;
   end;
   if simple and places is null then
-    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
-    select push_many.topic, stamped, stamped, p, least(25, wanted - p + 1), ids[p], ids[p : least(p + 24, wanted)]
-    from generate_series(1, wanted, 25) p;
-    if stamped < known.low then  -- the clock went back
-      insert into "pushpop".behind (topic, ready_at, id) values (push_many.topic, stamped, ids[1]) on conflict do nothing;
-    end if;
+    perform "pushpop".enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), stamped, stamped, 1, 0, ids);
   else
-    with stored as (
-      select u.id, u.place::integer,
-             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
-      from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
-      where places is null or u.place = any(places)
-    ),
     -- The places within a run follow one another: what is left of it when it is cut is known by that.
-    placed as (
-      select s.*, s.place - row_number() over (partition by s.ready_at order by s.place) as island from stored s
-    ),
-    run as (
-      insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, id, ids)
-      select push_many.topic, s.ready_at, stamped, min(s.place), count(*),
-             (array_agg(s.id order by s.place))[1], array_agg(s.id order by s.place)
-      from placed s group by s.ready_at, s.island, (s.place - 1) / 25
-    )
-    insert into "pushpop".behind (topic, ready_at, id)
-    select push_many.topic, s.ready_at, s.id from stored s
-    where s.ready_at < greatest(stamped, known.low)
-    order by s.ready_at, s.id limit 1
-    on conflict do nothing;
+    perform "pushpop".enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), r.ready_at, stamped, r.place, 0, r.ids)
+    from (
+      select s.ready_at, min(s.place) as place, array_agg(s.id order by s.place) as ids
+      from (
+        select s.id, s.place, s.ready_at, s.place - row_number() over (partition by s.ready_at order by s.place) as island
+        from (
+          select u.id, u.place::integer,
+                 coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
+          from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
+          where places is null or u.place = any(places)
+        ) s
+      ) s
+      group by s.ready_at, s.island
+    ) r;
   end if;
   if places is null or cardinality(places) > 0 then
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
@@ -1169,11 +1190,7 @@ begin
   stamped := clock_timestamp();
   due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
   update "pushpop".messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
-  insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-  values (reschedule.topic, due, message.pushed_at, message.place, 1, message.fence, reschedule.id, array[reschedule.id]);
-  if due <= stamped then
-    insert into "pushpop".behind (topic, ready_at, id) values (reschedule.topic, due, reschedule.id) on conflict do nothing;
-  end if;
+  perform "pushpop".enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id]);
   perform pg_notify('pushpop', reschedule.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
@@ -1222,9 +1239,8 @@ begin
       ) m))
     returning m.id, m.pushed_at, m.place, m.fence
   )
-  insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-  select revive.topic, stamped, r.pushed_at, r.place, 1, r.fence, r.id, array[r.id] from revived r;
-  get diagnostics counted = row_count;
+  select count("pushpop".enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id])::text)
+  into counted from revived r;
   delete from "pushpop".dead d where d.topic = revive.topic and d.ctid = any (locked);
   perform pg_notify('pushpop', revive.topic);
   if current_setting('synchronous_commit') = 'off' then
@@ -1512,6 +1528,29 @@ begin
   return true;
 end
 $$;
+CREATE FUNCTION pushpop.split_run(topic text, tid tid, slot integer) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+declare
+  run "pushpop".runs;
+begin
+  if slot > 1 then
+    select q.* into run from "pushpop".runs q where q.topic = split_run.topic and q.ctid = split_run.tid;
+    update "pushpop".runs q set n = slot - 1, ids = q.ids[: slot - 1] where q.topic = split_run.topic and q.ctid = split_run.tid;
+    if slot < run.n then
+      insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
+      values (run.topic, run.ready_at, run.pushed_at, run.place + slot, run.n - slot, run.fence, run.ids[slot + 1], run.ids[slot + 1 :]);
+    end if;
+  else
+    update "pushpop".runs q set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
+    where q.topic = split_run.topic and q.ctid = split_run.tid and q.n > 1;
+    if not found then
+      delete from "pushpop".runs q where q.topic = split_run.topic and q.ctid = split_run.tid;
+    end if;
+  end if;
+end
+$$;
 CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1664,7 +1703,6 @@ declare
   message record;
   before  record;
   run     record;
-  slot    integer;
 begin
   loop
     select m.ready_at, m.pushed_at, m.place, m.fence into message from "pushpop".messages m
@@ -1672,7 +1710,7 @@ begin
     if not found then
       return;
     end if;
-    select q.ctid as tid, q.n, q.fence, q.ids into run from "pushpop".runs q
+    select q.ctid as tid, q.ids into run from "pushpop".runs q
     where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
       and q.place <= message.place and take_waiting.id = any (q.ids)
     order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
@@ -1690,23 +1728,7 @@ begin
     before := message;
     perform "pushpop".reclaim(take_waiting.topic, clock_timestamp(), 1000);
   end loop;
-  if run.n = 1 then
-    delete from "pushpop".runs q where q.topic = take_waiting.topic and q.ctid = run.tid;
-  elsif run.ids[1] = take_waiting.id then
-    update "pushpop".runs q
-    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
-    where q.topic = take_waiting.topic and q.ctid = run.tid;
-  else
-    -- In two, as the places within a run follow one another.
-    slot := array_position(run.ids, take_waiting.id);
-    update "pushpop".runs q set n = slot - 1, ids = q.ids[: slot - 1]
-    where q.topic = take_waiting.topic and q.ctid = run.tid;
-    if slot < run.n then
-      insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-      values (take_waiting.topic, message.ready_at, message.pushed_at, message.place + 1, run.n - slot, run.fence,
-              run.ids[slot + 1], run.ids[slot + 1 :]);
-    end if;
-  end if;
+  perform "pushpop".split_run(take_waiting.topic, run.tid, array_position(run.ids, take_waiting.id));
   pushed_at := message.pushed_at;
   place := message.place;
   fence := message.fence;
@@ -1909,9 +1931,9 @@ begin
     ready := false;
     return;
   end if;
-  select least(known.low, min(b.ready_at)) into start from "pushpop".behind b where b.topic = wait_for.topic;
+  start := "pushpop".bottom(wait_for.topic);
   perform from "pushpop".runs q
-  where q.topic = wait_for.topic and q.ready_at >= coalesce(start, '-infinity') and q.ready_at <= moment limit 1;
+  where q.topic = wait_for.topic and q.ready_at >= start and q.ready_at <= moment limit 1;
   ready := found;
   select q.ready_at into due from "pushpop".runs q
   where q.topic = wait_for.topic and q.ready_at > moment
@@ -1961,7 +1983,7 @@ end
 $$;
 CREATE TABLE pushpop.behind (
     ready_at timestamp with time zone NOT NULL,
-    id uuid NOT NULL,
+    entry uuid DEFAULT gen_random_uuid() NOT NULL,
     topic text NOT NULL COLLATE pg_catalog."C"
 );
 CREATE TABLE pushpop.dead (
@@ -2081,7 +2103,7 @@ CREATE TABLE pushpop.runs (
 WITH (autovacuum_vacuum_scale_factor='0.05', autovacuum_vacuum_threshold='2000', autovacuum_vacuum_cost_delay='0');
 ALTER TABLE ONLY pushpop.runs ALTER COLUMN ids SET STORAGE PLAIN;
 ALTER TABLE ONLY pushpop.behind
-    ADD CONSTRAINT behind_pkey PRIMARY KEY (topic, ready_at, id);
+    ADD CONSTRAINT behind_pkey PRIMARY KEY (topic, ready_at, entry);
 ALTER TABLE ONLY pushpop.dead
     ADD CONSTRAINT dead_pkey PRIMARY KEY (topic, died_at, id);
 ALTER TABLE ONLY pushpop.figures
@@ -2118,6 +2140,7 @@ REVOKE ALL ON FUNCTION pushpop.dead_letters(topic text, max integer, before time
 REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision, once boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.enqueue(topic text, moment timestamp with time zone, low timestamp with time zone, ready_at timestamp with time zone, pushed_at timestamp with time zone, place integer, fence integer, ids uuid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
@@ -2153,6 +2176,7 @@ REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outcome text, delay double precision, error text, keep double precision, once boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.split_run(topic text, tid tid, slot integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;

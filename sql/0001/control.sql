@@ -183,11 +183,7 @@ begin
   stamped := clock_timestamp();
   due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
   update pushpop.messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
-  insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-  values (reschedule.topic, due, message.pushed_at, message.place, 1, message.fence, reschedule.id, array[reschedule.id]);
-  if due <= stamped then
-    insert into pushpop.behind (topic, ready_at, id) values (reschedule.topic, due, reschedule.id) on conflict do nothing;
-  end if;
+  perform pushpop.enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id]);
   perform pg_notify('pushpop', reschedule.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform pushpop.make_durable();
@@ -208,7 +204,6 @@ declare
   message record;
   before  record;
   run     record;
-  slot    integer;
 begin
   loop
     select m.ready_at, m.pushed_at, m.place, m.fence into message from pushpop.messages m
@@ -216,7 +211,7 @@ begin
     if not found then
       return;
     end if;
-    select q.ctid as tid, q.n, q.fence, q.ids into run from pushpop.runs q
+    select q.ctid as tid, q.ids into run from pushpop.runs q
     where q.topic = take_waiting.topic and q.ready_at = message.ready_at and q.pushed_at = message.pushed_at
       and q.place <= message.place and take_waiting.id = any (q.ids)
     order by q.ready_at desc, q.pushed_at desc, q.place desc, q.id desc
@@ -235,23 +230,7 @@ begin
     perform pushpop.reclaim(take_waiting.topic, clock_timestamp(), 1000);
   end loop;
 
-  if run.n = 1 then
-    delete from pushpop.runs q where q.topic = take_waiting.topic and q.ctid = run.tid;
-  elsif run.ids[1] = take_waiting.id then
-    update pushpop.runs q
-    set n = q.n - 1, place = q.place + 1, id = q.ids[2], ids = q.ids[2 :]
-    where q.topic = take_waiting.topic and q.ctid = run.tid;
-  else
-    -- In two, as the places within a run follow one another.
-    slot := array_position(run.ids, take_waiting.id);
-    update pushpop.runs q set n = slot - 1, ids = q.ids[: slot - 1]
-    where q.topic = take_waiting.topic and q.ctid = run.tid;
-    if slot < run.n then
-      insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-      values (take_waiting.topic, message.ready_at, message.pushed_at, message.place + 1, run.n - slot, run.fence,
-              run.ids[slot + 1], run.ids[slot + 1 :]);
-    end if;
-  end if;
+  perform pushpop.split_run(take_waiting.topic, run.tid, array_position(run.ids, take_waiting.id));
   pushed_at := message.pushed_at;
   place := message.place;
   fence := message.fence;

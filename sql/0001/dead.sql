@@ -165,9 +165,8 @@ begin
       ) m))
     returning m.id, m.pushed_at, m.place, m.fence
   )
-  insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-  select revive.topic, stamped, r.pushed_at, r.place, 1, r.fence, r.id, array[r.id] from revived r;
-  get diagnostics counted = row_count;
+  select count(pushpop.enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id])::text)
+  into counted from revived r;
   delete from pushpop.dead d where d.topic = revive.topic and d.ctid = any (locked);
   perform pg_notify('pushpop', revive.topic);
   if current_setting('synchronous_commit') = 'off' then

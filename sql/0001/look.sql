@@ -99,13 +99,3 @@ begin
     limit max;
 end
 $body$;
-
--- Where a look at the order of a topic begins: no run lies before.
-create function pushpop.bottom(topic text) returns timestamptz
-language sql volatile
-as $body$
-  select coalesce(least(
-    (select t.low from pushpop.topics t where t.topic = bottom.topic),
-    (select b.ready_at from pushpop.behind b where b.topic = bottom.topic order by b.ready_at, b.id limit 1)
-  ), '-infinity')
-$body$;

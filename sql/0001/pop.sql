@@ -80,7 +80,8 @@ begin
     if known.looked_at is null or known.looked_at not between moment - interval '10 seconds' and moment
        or exists (select from pushpop.behind b where b.topic = pop.topic) then
       perform pushpop.note_look(pop.topic, moment);
-      select t.low, t.looked_at, t.swept_at, t.paused, t.lease into known from pushpop.topics t where t.topic = pop.topic;
+      -- Another transaction may have the topic in its hands for long: what lies before the watermark comes first all the same.
+      known.low := pushpop.bottom(pop.topic);
     end if;
   end if;
   start := coalesce(known.low, '-infinity');
@@ -246,101 +247,6 @@ begin
 end
 $body$;
 
--- Once a minute a pop that finds nothing looks at everything, and the next one moves the mark anew: nothing is lost
--- even if that was wrong.
-create function pushpop.begin_sweep(topic text, moment timestamptz, swept_at timestamptz) returns boolean
-language plpgsql
-as $body$
-#variable_conflict use_column
-begin
-  if begin_sweep.swept_at is null or begin_sweep.swept_at between moment - interval '1 minute' and moment then
-    return false;
-  end if;
-  update pushpop.topics t set swept_at = moment, low = '-infinity', looked_at = '-infinity'
-  where t.topic = (select s.topic from pushpop.topics s where s.topic = begin_sweep.topic for update skip locked);
-  return true;
-end
-$body$;
-
--- The row of a topic, locked; null if another client has it. Made if it is not there yet.
-create function pushpop.lock_topic(topic text) returns pushpop.topics
-language plpgsql
-as $body$
-#variable_conflict use_column
-declare
-  known pushpop.topics;
-begin
-  select t.* into known from pushpop.topics t where t.topic = lock_topic.topic for update skip locked;
-  if not found and pg_try_advisory_xact_lock(hashtextextended(lock_topic.topic, format('%I.topics', 'pushpop')::regclass::oid::bigint)) then
-    perform from pushpop.topics t where t.topic = lock_topic.topic;
-    if not found then
-      insert into pushpop.topics (topic) values (lock_topic.topic) on conflict do nothing;
-      select t.* into known from pushpop.topics t where t.topic = lock_topic.topic for update skip locked;
-    end if;
-  end if;
-  return known;
-end
-$body$;
-
--- Moves the mark of a topic forward to its first run.
---
--- A run that is still uncommitted cannot be seen here, so low stays before sure_to: every
--- transaction that might have stamped a message earlier held its lock on the table when the
--- time was taken, and is over now.
-create function pushpop.note_look(topic text, moment timestamptz) returns void
-language plpgsql
-as $body$
-#variable_conflict use_column
-declare
-  known   pushpop.topics := pushpop.lock_topic(topic);
-  running text[];
-  start   timestamptz;
-  alive   timestamptz;
-begin
-  if known.topic is null then
-    return;
-  end if;
-
-  -- Whoever reads the time holds the lock on the table, so no time that is read comes before sure_to, unless the
-  -- clock went back. No mark holds then.
-  if known.sure_to > moment then
-    known.low := '-infinity';
-    known.sure_to := '-infinity';
-    known.checking_at := '-infinity';
-    known.checking_for := '{}';
-    known.reclaimed_to := '-infinity';
-    known.deleted_to := '-infinity';
-  end if;
-
-  running := array(
-    select l.virtualtransaction from pg_locks l
-    where l.locktype = 'relation' and l.relation = format('%I.messages', 'pushpop')::regclass
-      and l.database = (select d.oid from pg_database d where d.datname = current_database())
-      and l.mode = 'RowExclusiveLock');
-  if not known.checking_for && running then
-    known.sure_to := greatest(known.sure_to, known.checking_at);
-    known.checking_at := moment;
-    known.checking_for := running;
-  end if;
-
-  -- A row that is deleted here was committed with its run, which the next statement sees.
-  with past as (
-    delete from pushpop.behind b where b.topic = note_look.topic returning b.ready_at
-  )
-  select least(known.low, min(p.ready_at)) into start from past p;
-
-  select q.ready_at into alive from pushpop.runs q
-  where q.topic = note_look.topic and q.ready_at >= start
-  order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
-
-  update pushpop.topics t
-  set low = least(alive, known.sure_to), looked_at = moment,
-      sure_to = known.sure_to, checking_at = known.checking_at, checking_for = known.checking_for,
-      reclaimed_to = known.reclaimed_to, deleted_to = known.deleted_to
-  where t.topic = note_look.topic;
-end
-$body$;
-
 -- Says that somebody waits for a message of the topic: for half a minute, and within, pushes and what is given back notify
 -- (LISTEN to the channel named as this schema; the payload is the topic). Returns whether there
 -- is one already, and in how many seconds the next one may become free: a delayed one is due, or a
@@ -400,9 +306,9 @@ begin
     ready := false;
     return;
   end if;
-  select least(known.low, min(b.ready_at)) into start from pushpop.behind b where b.topic = wait_for.topic;
+  start := pushpop.bottom(wait_for.topic);
   perform from pushpop.runs q
-  where q.topic = wait_for.topic and q.ready_at >= coalesce(start, '-infinity') and q.ready_at <= moment limit 1;
+  where q.topic = wait_for.topic and q.ready_at >= start and q.ready_at <= moment limit 1;
   ready := found;
 
   select q.ready_at into due from pushpop.runs q

@@ -161,12 +161,7 @@ begin
   if duplicate then
     perform pushpop.wait_for_duplicate();
   else
-    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
-    values (push.topic, due, stamped, 1, 1, pushed, array[pushed]);
-    -- A time in the past, or the clock went back.
-    if push.ready_at is not null and due <= stamped or due < known.low then
-      insert into pushpop.behind (topic, ready_at, id) values (push.topic, due, pushed) on conflict do nothing;
-    end if;
+    perform pushpop.enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed]);
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pg_notify('pushpop', push.topic);
     end if;
@@ -279,34 +274,23 @@ begin
   end;
 
   if simple and places is null then
-    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
-    select push_many.topic, stamped, stamped, p, least(25, wanted - p + 1), ids[p], ids[p : least(p + 24, wanted)]
-    from generate_series(1, wanted, 25) p;
-    if stamped < known.low then  -- the clock went back
-      insert into pushpop.behind (topic, ready_at, id) values (push_many.topic, stamped, ids[1]) on conflict do nothing;
-    end if;
+    perform pushpop.enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), stamped, stamped, 1, 0, ids);
   else
-    with stored as (
-      select u.id, u.place::integer,
-             coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
-      from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
-      where places is null or u.place = any(places)
-    ),
     -- The places within a run follow one another: what is left of it when it is cut is known by that.
-    placed as (
-      select s.*, s.place - row_number() over (partition by s.ready_at order by s.place) as island from stored s
-    ),
-    run as (
-      insert into pushpop.runs (topic, ready_at, pushed_at, place, n, id, ids)
-      select push_many.topic, s.ready_at, stamped, min(s.place), count(*),
-             (array_agg(s.id order by s.place))[1], array_agg(s.id order by s.place)
-      from placed s group by s.ready_at, s.island, (s.place - 1) / 25
-    )
-    insert into pushpop.behind (topic, ready_at, id)
-    select push_many.topic, s.ready_at, s.id from stored s
-    where s.ready_at < greatest(stamped, known.low)
-    order by s.ready_at, s.id limit 1
-    on conflict do nothing;
+    perform pushpop.enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), r.ready_at, stamped, r.place, 0, r.ids)
+    from (
+      select s.ready_at, min(s.place) as place, array_agg(s.id order by s.place) as ids
+      from (
+        select s.id, s.place, s.ready_at, s.place - row_number() over (partition by s.ready_at order by s.place) as island
+        from (
+          select u.id, u.place::integer,
+                 coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
+          from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
+          where places is null or u.place = any(places)
+        ) s
+      ) s
+      group by s.ready_at, s.island
+    ) r;
   end if;
 
   if places is null or cardinality(places) > 0 then

@@ -356,12 +356,8 @@ begin
     where m.topic = give_back.topic and m.id = give_back.id;
     insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
-    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-    values (give_back.topic, message.ready_at, message.pushed_at, message.place, 1, message.fence, message.id, array[message.id]);
-    if message.ready_at < moment + interval '1 second' then
-      insert into pushpop.behind (topic, ready_at, id) values (give_back.topic, message.ready_at, message.id)
-      on conflict do nothing;
-    end if;
+    perform pushpop.enqueue(give_back.topic, moment, null, message.ready_at, message.pushed_at, message.place, message.fence,
+                            array[message.id]);
   end if;
   return true;
 end

@@ -96,7 +96,7 @@ create table pushpop.dead (
 create table pushpop.topics (
   topic        text collate "C" not null primary key,
 
-  -- No run lies before low, and none will appear there without a row in pushpop.behind.
+  -- The low watermark: see order.sql.
   low          timestamptz not null default '-infinity',
   looked_at    timestamptz not null default '-infinity', -- when low was moved last
   swept_at     timestamptz not null default '-infinity', -- last look at everything, low ignored
@@ -130,13 +130,13 @@ create table pushpop.topics (
 create index topics_set on pushpop.topics (topic)
 where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null;
 
--- Runs that were put behind the front of their topic: a time in the past, a released or expired
--- lease. A row commits with its run, so nothing can pass it unseen.
+-- Late entries: runs that were put before the time of their own statement, such as a time in the past, a released or an
+-- expired lease. See order.sql.
 create table pushpop.behind (
   ready_at timestamptz not null,
-  id       uuid not null,
+  entry    uuid not null default gen_random_uuid(),
   topic    text collate "C" not null,
-  primary key (topic, ready_at, id)
+  primary key (topic, ready_at, entry)
 );
 
 -- Figures of topics that took long to take: shared by all who ask within two seconds.

@@ -12,7 +12,7 @@ use pushpop_pg::{Lease, NewMessage, Queue, uuid::Uuid};
 use crate::world::{World, until};
 
 /// What must be true between any two transactions: each query finds nothing.
-const RULES: [(&str, &str); 6] = [
+const RULES: [(&str, &str); 7] = [
     (
         "a live message that is in no run and in no lease of its present delivery",
         "select m.id from pushpop.messages m where m.state in ('p', 'd', 'r', 'f', 'e')
@@ -37,6 +37,12 @@ const RULES: [(&str, &str); 6] = [
          or exists (select from unnest(q.ids) u(id) where not exists (
              select from pushpop.messages m where m.topic = q.topic and m.id = u.id
              and m.state in ('p', 'd', 'r', 'f', 'e')))",
+    ),
+    (
+        "a run that a pop would not find: it is before the low watermark, and no late entry says so",
+        "select q.id from pushpop.runs q join pushpop.topics t on t.topic = q.topic
+         where q.ready_at < t.low and not exists (
+             select from pushpop.behind b where b.topic = q.topic and b.ready_at <= q.ready_at)",
     ),
     (
         "a lease with more open messages than it counts",

@@ -20,6 +20,7 @@ mod names;
 mod network;
 mod observe;
 mod operations;
+mod order;
 mod outage;
 mod plans;
 mod pooler;
