@@ -5,8 +5,8 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use postgres::Row;
-use postgres::types::Type;
-use time::OffsetDateTime;
+use postgres::types::{FromSql, Type};
+use time::{OffsetDateTime, PrimitiveDateTime};
 use uuid::Uuid;
 
 use crate::link::Call;
@@ -50,16 +50,11 @@ pub(crate) struct Calls {
     pub(crate) listen: String,
 }
 
-/// Headers as an array of names and values in turn: no JSON to be read here.
-const HEADERS: &str = "case when headers is not null then array(\
-    select pg_catalog.unnest(array[h.key, h.value]) from pg_catalog.jsonb_each_text(headers) h) end";
+/// Headers as an array of names and values in turn: no JSON to be read here. Nothing is called where there are none.
+const HEADERS: &str = "case when headers is not null then pushpop.header_pairs(headers) end";
 
 /// Failures likewise: attempt, microseconds since 1970, and error in turn.
-const FAILURES: &str = "case when failures is not null then array(\
-    select pg_catalog.unnest(array[f.attempt, pg_catalog.int8(pg_catalog.float8mul(\
-        pg_catalog.date_part('epoch', f.at), 1000000))::pg_catalog.text, f.error]) \
-    from pg_catalog.jsonb_to_recordset(failures) \
-        f(attempt pg_catalog.text, at pg_catalog.timestamptz, error pg_catalog.text)) end";
+const FAILURES: &str = "case when failures is not null then pushpop.failure_list(failures) end";
 
 impl Calls {
     pub(crate) fn new(schema: &Schema) -> Self {
@@ -282,6 +277,39 @@ impl Calls {
     }
 }
 
+/// A time as it is read: one that no calendar of ours has (infinite, or of a year beyond 9999) is the nearest that it has. Only
+/// hands write such times, and a message must not be unreadable for one.
+struct Time(OffsetDateTime);
+
+impl<'a> FromSql<'a> for Time {
+    fn from_sql(ty: &Type, raw: &'a [u8]) -> Result<Self, Box<dyn std::error::Error + Sync + Send>> {
+        let micros = i128::from(i64::from_sql(&Type::INT8, raw)?);
+        let last = PrimitiveDateTime::MAX.assume_utc();
+        let first = PrimitiveDateTime::MIN.assume_utc();
+        debug_assert!(*ty == Type::TIMESTAMPTZ);
+        let nanos = (micros + SINCE_2000) * 1000;
+        let nanos = nanos.clamp(first.unix_timestamp_nanos(), last.unix_timestamp_nanos());
+        Ok(Time(OffsetDateTime::from_unix_timestamp_nanos(nanos)?))
+    }
+
+    fn accepts(ty: &Type) -> bool {
+        *ty == Type::TIMESTAMPTZ
+    }
+}
+
+/// From 1970, where our times begin, to 2000, where those of the server do, in microseconds.
+const SINCE_2000: i128 = 946_684_800_000_000;
+
+/// Reads a time of a row.
+pub(crate) fn time(row: &Row, column: usize) -> Result<OffsetDateTime, postgres::Error> {
+    row.try_get::<_, Time>(column).map(|time| time.0)
+}
+
+/// Reads a time of a row that may be null.
+pub(crate) fn time_or_null(row: &Row, column: usize) -> Result<Option<OffsetDateTime>, postgres::Error> {
+    row.try_get::<_, Option<Time>>(column).map(|time| time.map(|time| time.0))
+}
+
 /// A message handed out: what a lease is made of.
 pub(crate) struct Grant {
     pub(crate) message: Message,
@@ -295,7 +323,7 @@ pub(crate) struct Grant {
 
 impl Grant {
     pub(crate) fn read(topic: &str, row: &Row, asked: Instant) -> Result<Self, postgres::Error> {
-        let (lease_until, began): (OffsetDateTime, OffsetDateTime) = (row.try_get(4)?, row.try_get(11)?);
+        let (lease_until, began) = (time(row, 4)?, time(row, 11)?);
         Ok(Grant {
             asked,
             lease: (lease_until - began).try_into().unwrap_or_default(),
@@ -310,8 +338,8 @@ impl Grant {
                 attempt: count(row.try_get(5)?),
                 max_attempts: limit(row.try_get(6)?),
                 fence: row.try_get(7)?,
-                pushed_at: row.try_get(8)?,
-                ready_at: row.try_get(9)?,
+                pushed_at: time(row, 8)?,
+                ready_at: time(row, 9)?,
                 failures: failures(row.try_get(10)?),
             },
         })
@@ -320,10 +348,9 @@ impl Grant {
 
 impl Message {
     pub(crate) fn read(topic: &str, row: &Row) -> Result<Self, postgres::Error> {
-        let ready_at: OffsetDateTime = row.try_get(8)?;
-        let lease_until: Option<OffsetDateTime> = row.try_get(9)?;
-        let done_at: Option<OffsetDateTime> = row.try_get(10)?;
-        let delete_at: Option<OffsetDateTime> = row.try_get(11)?;
+        let (pushed_at, ready_at) = (time(row, 7)?, time(row, 8)?);
+        let lease_until = time_or_null(row, 9)?;
+        let (done_at, delete_at) = (time_or_null(row, 10)?, time_or_null(row, 11)?);
         let at = done_at.unwrap_or(ready_at);
         let state = match row.try_get(3)? {
             "leased" => State::Leased { until: lease_until.unwrap_or(ready_at) },
@@ -342,7 +369,7 @@ impl Message {
             attempt: count(row.try_get(4)?),
             max_attempts: limit(row.try_get(5)?),
             fence: row.try_get(6)?,
-            pushed_at: row.try_get(7)?,
+            pushed_at,
             ready_at,
             failures: failures(row.try_get(12)?),
         })

@@ -18,8 +18,8 @@ CREATE TYPE pushpop.message AS (
 CREATE FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) RETURNS jsonb
     LANGUAGE sql STABLE
     AS $$
-  select case when jsonb_array_length(failures) < 10 then failures
-              when failures is null then '[]' else failures - 0 end
+  select case when failures is null or jsonb_typeof(failures) <> 'array' then '[]'
+              when jsonb_array_length(failures) < 10 then failures else failures - 0 end
          || jsonb_build_array(jsonb_build_object(
               'attempt', attempt,
               'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
@@ -257,7 +257,7 @@ CREATE FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double pre
 CREATE FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integer) RETURNS bigint
     LANGUAGE sql STABLE PARALLEL SAFE
     AS $$
-  select (date_part('epoch', delivery.pushed_at) * 1000000)::bigint + delivery.fence + 1
+  select case when isfinite(delivery.pushed_at) then (date_part('epoch', delivery.pushed_at) * 1000000)::bigint else 0 end + delivery.fence + 1
 $$;
 CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision DEFAULT 3600, once boolean DEFAULT false) RETURNS void
     LANGUAGE sql SECURITY DEFINER
@@ -310,6 +310,19 @@ CREATE FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'fail', delay, error, 0) $$;
+CREATE FUNCTION pushpop.failure_list(failures jsonb) RETURNS text[]
+    LANGUAGE plpgsql STABLE PARALLEL SAFE
+    AS $$
+begin
+  return array(
+    select pg_catalog.unnest(array[f.attempt, pg_catalog.int8(pg_catalog.float8mul(pg_catalog.date_part('epoch', f.at), 1000000))::pg_catalog.text,
+                                   coalesce(f.error, '')])
+    from pg_catalog.jsonb_to_recordset(failures) f(attempt pg_catalog.text, at pg_catalog.timestamptz, error pg_catalog.text)
+    where f.attempt is not null and pg_catalog.isfinite(f.at));
+exception when others then
+  return null;
+end
+$$;
 CREATE FUNCTION pushpop.find(topic text, id uuid) RETURNS SETOF pushpop.message
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -330,12 +343,12 @@ begin
            case when m.state = 'c' then 'completed' when m.state in ('x', 'k') then 'discarded'
              when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
-             when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
+             when l.ended and m.attempt >= m.max_attempts - 1 then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,
-           m.attempt + case when l.leased then 1 else 0 end, m.max_attempts::integer,
+           case when l.leased then "pushpop".one_more(m.attempt) else m.attempt end, m.max_attempts::integer,
            m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
            case when l.lease_until > moment then l.lease_until end,
-           coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
+           coalesce(m.done_at, case when l.ended and m.attempt >= m.max_attempts - 1 then l.lease_until end),
            m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from "pushpop".messages m
     left join lateral (
@@ -364,7 +377,7 @@ declare
 begin
   if keep > 0 then
     update "pushpop".messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = "pushpop".one_more(m.attempt), fence = "pushpop".one_more(m.fence),
         done_at = moment, delete_at = moment + keep * interval '1 second'
     where m.topic = finish.topic and m.ctid = any (target) and m.fence = finish.fence and m.state in ('p', 'd', 'r', 'f', 'e');
   else
@@ -384,13 +397,13 @@ declare
 begin
   update "pushpop".messages m
   set state      = case outcome when 'defer' then 'd' when 'release' then 'r' when 'expire' then 'e' else 'f' end::"char",
-      fence      = m.fence + 1,
-      attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
+      fence      = "pushpop".one_more(m.fence),
+      attempt    = case when outcome in ('fail', 'expire') then "pushpop".one_more(m.attempt) else m.attempt end,
       ready_at   = case outcome
                      when 'defer' then moment + delay * interval '1 second'
-                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(give_back.topic, m.attempt + 1)) * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, "pushpop".backoff(give_back.topic, "pushpop".one_more(m.attempt))) * interval '1 second'
                      else m.ready_at end,
-      failures   = case when outcome in ('fail', 'expire') then "pushpop".add_failure(m.failures, m.attempt + 1, moment, error)
+      failures   = case when outcome in ('fail', 'expire') then "pushpop".add_failure(m.failures, "pushpop".one_more(m.attempt), moment, error)
                      else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and "pushpop".delivery(m.pushed_at, m.fence) = give_back.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
@@ -409,6 +422,17 @@ begin
                             array[message.id]);
   end if;
   return true;
+end
+$$;
+CREATE FUNCTION pushpop.header_pairs(headers jsonb) RETURNS text[]
+    LANGUAGE plpgsql IMMUTABLE PARALLEL SAFE
+    AS $$
+begin
+  if pg_catalog.jsonb_typeof(headers) operator(pg_catalog.=) 'object' then
+    return array(
+      select pg_catalog.unnest(array[h.key, coalesce(h.value, '')]) from pg_catalog.jsonb_each_text(headers) h);
+  end if;
+  return null;
 end
 $$;
 CREATE FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[]) RETURNS TABLE(place integer, result text, lease_until timestamp with time zone)
@@ -466,6 +490,14 @@ begin
   end if;
 end
 $$;
+CREATE FUNCTION pushpop.is_sound(state "char", attempt integer, fence integer, pushed_at timestamp with time zone, ready_at timestamp with time zone, headers jsonb, failures jsonb) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $_$
+  select state in ('p', 'd', 'r', 'f', 'e') and attempt >= 0 and attempt < 2147483647 and fence >= 0 and fence < 2147483647
+    and isfinite(pushed_at) and isfinite(ready_at)
+    and (headers is null or jsonb_typeof(headers) = 'object' and not jsonb_path_exists(headers, '$.* ? (@.type() != "string")'))
+    and (failures is null or jsonb_typeof(failures) = 'array')
+$_$;
 CREATE FUNCTION pushpop.lease_interval(lease double precision) RETURNS interval
     LANGUAGE plpgsql IMMUTABLE
     AS $$
@@ -496,7 +528,8 @@ CREATE TABLE pushpop.topics (
     lease interval,
     max_attempts smallint,
     backoff_first double precision,
-    backoff_most double precision
+    backoff_most double precision,
+    CONSTRAINT topics_check CHECK ((((lease >= '00:00:01'::interval) AND (lease <= '1 day'::interval)) AND (max_attempts >= 0) AND (backoff_first >= (0)::double precision) AND (backoff_most <= ('250000000000'::bigint)::double precision) AND (COALESCE(backoff_first, (1)::double precision) <= COALESCE(backoff_most, (3600)::double precision)) AND (GREATEST(low, looked_at, swept_at, sure_to, checking_at, reclaimed_to, deleted_to, cleared_at) < 'infinity'::timestamp with time zone)))
 )
 WITH (fillfactor='50', autovacuum_vacuum_scale_factor='0.2', autovacuum_vacuum_threshold='200');
 CREATE FUNCTION pushpop.lock_topic(topic text) RETURNS pushpop.topics
@@ -609,6 +642,11 @@ begin
   where t.topic = note_look.topic;
 end
 $$;
+CREATE FUNCTION pushpop.one_more(n integer) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+  select least(n, 2147483646) + 1
+$$;
 CREATE FUNCTION pushpop.pause(topic text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -680,6 +718,7 @@ declare
   start  timestamptz;
   taken  record;
   n      integer;
+  sound  integer;  -- how many of these can be delivered as they are stored
   keys   bytea[];
 begin
   if (octet_length(pop.topic) between 1 and 255 and coalesce(lease, 1) between 1 and 86400
@@ -722,36 +761,53 @@ begin
       return;
     end if;
   end if;
-  n := cardinality(taken.ids);
   until := clock_timestamp() + coalesce(lease * interval '1 second', known.lease, fallback * interval '1 second');
-  if n = 1 then
-    token := uuid_send(gen_random_uuid());
-    insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
-    values (pop.topic, token, until, 1, taken.ids, taken.fences);
-    select m.id, m.payload, m.headers, token || '\x0001'::bytea || int8send(taken.fences[1]), until, m.attempt + 1, m.max_attempts,
-           m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
-    into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
-    from "pushpop".messages m where m.topic = pop.topic and m.id = taken.ids[1];
-    return next;
-  else
-    for place in 1..n by 250 loop
-      keys := keys || uuid_send(gen_random_uuid());
+  loop
+    n := cardinality(taken.ids);
+    if n = 1 then
+      token := uuid_send(gen_random_uuid());
       insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
-      values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
-              taken.ids[place : place + 249], taken.fences[place : place + 249]);
-    end loop;
-    -- One probe for each id, in their order.
-    return query
-      select m.id, m.payload, m.headers,
-             keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int8send(u.fence),
-             until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at,
-             m.failures -> -1 ->> 'error', m.failures
-      from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
-      cross join lateral (
-        select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.failures
-        from "pushpop".messages m where m.topic = pop.topic and m.id = u.id offset 0
-      ) m;
-  end if;
+      values (pop.topic, token, until, 1, taken.ids, taken.fences);
+      select m.id, m.payload, m.headers, token || int2send(1::int2) || int8send(taken.fences[1]), until, m.attempt + 1, m.max_attempts,
+             m.fence + 1, m.pushed_at, m.ready_at, m.failures -> -1 ->> 'error', m.failures
+      into id, payload, headers, token, lease_until, attempt, max_attempts, fence, pushed_at, ready_at, last_error, failures
+      from "pushpop".messages m
+      where m.topic = pop.topic and m.id = taken.ids[1] and "pushpop".delivery(m.pushed_at, m.fence) = taken.fences[1]
+        and "pushpop".is_sound(m.state, m.attempt, m.fence, m.pushed_at, m.ready_at, m.headers, m.failures);
+      sound := 0;
+      if found then
+        sound := 1;
+        return next;
+      end if;
+    else
+      keys := null;
+      for place in 1..n by 250 loop
+        keys := keys || uuid_send(gen_random_uuid());
+        insert into "pushpop".leases (topic, key, lease_until, open, ids, fences)
+        values (pop.topic, keys[cardinality(keys)], until, least(250, n - place + 1),
+                taken.ids[place : place + 249], taken.fences[place : place + 249]);
+      end loop;
+      -- One probe for each id, in their order.
+      return query
+        select m.id, m.payload, m.headers,
+               keys[(u.place + 249) / 250] || int2send(((u.place - 1) % 250 + 1)::int2) || int8send(u.fence),
+               until, m.attempt + 1, m.max_attempts::integer, m.fence + 1::bigint, m.pushed_at, m.ready_at,
+               m.failures -> -1 ->> 'error', m.failures
+        from unnest(taken.ids, taken.fences) with ordinality u(id, fence, place)
+        cross join lateral (
+          select m.id, m.payload, m.headers, m.attempt, m.max_attempts, m.fence, m.pushed_at, m.ready_at, m.failures
+          from "pushpop".messages m
+          where m.topic = pop.topic and m.id = u.id and "pushpop".delivery(m.pushed_at, m.fence) = u.fence
+            and "pushpop".is_sound(m.state, m.attempt, m.fence, m.pushed_at, m.ready_at, m.headers, m.failures) offset 0
+        ) m;
+      get diagnostics sound = row_count;
+    end if;
+    exit when sound = n;
+    perform "pushpop".set_aside(pop.topic, taken.ids, taken.fences, moment);
+    exit when sound > 0;
+    taken := "pushpop".take_runs(pop.topic, start, moment, max);
+    exit when taken.ids is null;
+  end loop;
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
   end if;
@@ -1255,6 +1311,33 @@ CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate tex
     AS $$
   select m.version, m.oldest_crate from "pushpop".migrations m order by m.version desc limit 1
 $$;
+CREATE FUNCTION pushpop.set_aside(topic text, ids uuid[], fences bigint[], moment timestamp with time zone) RETURNS void
+    LANGUAGE plpgsql
+    AS $$
+#variable_conflict use_column
+begin
+  with aside as (
+    update "pushpop".messages m
+    set state = 'z', done_at = moment, delete_at = null,
+        attempt = greatest(0, least(m.attempt, 2147483646)), fence = greatest(0, least(m.fence, 2147483646)),
+        pushed_at = case when isfinite(m.pushed_at) then m.pushed_at else moment end,
+        ready_at = case when isfinite(m.ready_at) then m.ready_at else moment end,
+        failures = "pushpop".add_failure(m.failures, greatest(0, least(m.attempt, 2147483646)), moment,
+                                       'the stored message is damaged: it was edited or restored by hand')
+    where m.topic = set_aside.topic and m.state in ('p', 'd', 'r', 'f', 'e') and m.ctid = any (array(
+      select m.tid from unnest(ids, fences) u(id, fence)
+      cross join lateral (
+        select m.ctid as tid from "pushpop".messages m
+        where m.topic = set_aside.topic and m.id = u.id
+          and ("pushpop".delivery(m.pushed_at, m.fence) = u.fence
+               and "pushpop".is_sound(m.state, m.attempt, m.fence, m.pushed_at, m.ready_at, m.headers, m.failures)) is not true
+        offset 0
+      ) m))
+    returning m.id
+  )
+  insert into "pushpop".dead (topic, died_at, id) select set_aside.topic, moment, a.id from aside a;
+end
+$$;
 CREATE FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1507,7 +1590,7 @@ begin
     return false;
   elsif keep > 0 then
     update "pushpop".messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = "pushpop".one_more(m.attempt), fence = "pushpop".one_more(m.fence),
         done_at = moment, delete_at = moment + keep * interval '1 second'
     where m.topic = settle_single.topic and m.id = settle_single.id and "pushpop".delivery(m.pushed_at, m.fence) = delivery
       and m.state in ('p', 'd', 'r', 'f', 'e');
@@ -1616,7 +1699,7 @@ begin
       group by u.id, u.fence
     ) l
     cross join lateral (
-      select m.id, m.ready_at, coalesce(m.attempt + 1 >= m.max_attempts, false) as doomed from "pushpop".messages m
+      select m.id, m.ready_at, coalesce(m.attempt >= m.max_attempts - 1, false) as doomed from "pushpop".messages m
       where m.topic = stats.topic and m.id = l.id and "pushpop".delivery(m.pushed_at, m.fence) = l.fence
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m;
@@ -1942,7 +2025,7 @@ begin
   where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
     and l.lease_until <= again
   order by l.lease_until limit 1;
-  due_in := extract(epoch from least(due, ends) - moment);
+  due_in := extract(epoch from least(nullif(due, 'infinity'), nullif(ends, 'infinity')) - moment);
 end
 $$;
 CREATE FUNCTION pushpop.wait_for_duplicate() RETURNS void
@@ -2057,7 +2140,10 @@ CREATE VIEW pushpop.in_flight AS
  SELECT l.topic,
     l.id,
     l.lease_until,
-    date_trunc('second'::text, (l.lease_until - statement_timestamp())) AS time_left,
+        CASE
+            WHEN isfinite(l.lease_until) THEN date_trunc('second'::text, (l.lease_until - statement_timestamp()))
+            ELSE NULL::interval
+        END AS time_left,
     m.attempt
    FROM (( SELECT l_1.topic,
             u.id,
@@ -2067,9 +2153,13 @@ CREATE VIEW pushpop.in_flight AS
              CROSS JOIN LATERAL UNNEST(l_1.ids, l_1.fences) u(id, fence))
           WHERE (l_1.lease_until > statement_timestamp())
           GROUP BY l_1.topic, u.id, u.fence) l
-     CROSS JOIN LATERAL ( SELECT (m_1.attempt + 1) AS attempt
+     CROSS JOIN LATERAL ( SELECT (LEAST(m_1.attempt, 2147483646) + 1) AS attempt
            FROM pushpop.messages m_1
-          WHERE ((m_1.topic = l.topic) AND (m_1.id = l.id) AND (((((date_part('epoch'::text, m_1.pushed_at) * (1000000)::double precision))::bigint + m_1.fence) + 1) = l.fence) AND (m_1.state = ANY (ARRAY['p'::"char", 'd'::"char", 'r'::"char", 'f'::"char", 'e'::"char"])))
+          WHERE ((m_1.topic = l.topic) AND (m_1.id = l.id) AND (((
+                CASE
+                    WHEN isfinite(m_1.pushed_at) THEN ((date_part('epoch'::text, m_1.pushed_at) * (1000000)::double precision))::bigint
+                    ELSE NULL::bigint
+                END + m_1.fence) + 1) = l.fence) AND (m_1.state = ANY (ARRAY['p'::"char", 'd'::"char", 'r'::"char", 'f'::"char", 'e'::"char"])))
          OFFSET 0) m)
   ORDER BY l.lease_until, l.topic, l.id;
 CREATE TABLE pushpop.migrations (
@@ -2084,7 +2174,10 @@ CREATE VIEW pushpop.overview AS
     s.leased,
     s.dead,
     s.settled,
-    date_trunc('second'::text, (s.at - s.oldest_ready_at)) AS oldest_ready_age,
+        CASE
+            WHEN isfinite(s.oldest_ready_at) THEN date_trunc('second'::text, (s.at - s.oldest_ready_at))
+            ELSE NULL::interval
+        END AS oldest_ready_age,
     s.paused,
     s.upkept_at
    FROM (pushpop.topic_names() n(topic)
@@ -2144,16 +2237,20 @@ REVOKE ALL ON FUNCTION pushpop.enqueue(topic text, moment timestamp with time zo
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.failure_list(failures jsonb) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.find(topic text, id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.finish(topic text, target tid[], fence integer, outcome text, moment timestamp with time zone, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.give_back(topic text, id uuid, fence bigint, outcome text, moment timestamp with time zone, delay double precision, error text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.header_pairs(headers jsonb) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.heartbeat(topics text[], ids uuid[], tokens bytea[], leases double precision[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.is_sound(state "char", attempt integer, fence integer, pushed_at timestamp with time zone, ready_at timestamp with time zone, headers jsonb, failures jsonb) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lease_interval(lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.lock_topic(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.make_durable() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.move_deadline(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.new_id() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time zone) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.one_more(n integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.pause(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision, fallback double precision) FROM PUBLIC;
@@ -2171,6 +2268,7 @@ REVOKE ALL ON FUNCTION pushpop.reschedule(topic text, id uuid, delay double prec
 REVOKE ALL ON FUNCTION pushpop.resume(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.set_aside(topic text, ids uuid[], fences bigint[], moment timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_many(topic text, ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision, tidy boolean) FROM PUBLIC;

@@ -18,6 +18,35 @@ create type pushpop.message as (
   failures     jsonb   -- the newest ten, oldest first, each with attempt, at and error; null: it never failed
 );
 
+-- Headers as an array of names and values in turn, for clients that do not read JSON; null if there are none, or if the
+-- stored value is no object.
+create function pushpop.header_pairs(headers jsonb) returns text[]
+language plpgsql immutable parallel safe
+as $body$
+begin
+  if pg_catalog.jsonb_typeof(headers) operator(pg_catalog.=) 'object' then
+    return array(
+      select pg_catalog.unnest(array[h.key, coalesce(h.value, '')]) from pg_catalog.jsonb_each_text(headers) h);
+  end if;
+  return null;
+end
+$body$;
+
+-- Failures likewise: attempt, microseconds since 1970, and error in turn; null if the stored value is not a list of them.
+create function pushpop.failure_list(failures jsonb) returns text[]
+language plpgsql stable parallel safe
+as $body$
+begin
+  return array(
+    select pg_catalog.unnest(array[f.attempt, pg_catalog.int8(pg_catalog.float8mul(pg_catalog.date_part('epoch', f.at), 1000000))::pg_catalog.text,
+                                   coalesce(f.error, '')])
+    from pg_catalog.jsonb_to_recordset(failures) f(attempt pg_catalog.text, at pg_catalog.timestamptz, error pg_catalog.text)
+    where f.attempt is not null and pg_catalog.isfinite(f.at));
+exception when others then
+  return null;
+end
+$body$;
+
 -- A message by its id, if it is stored.
 create function pushpop.find(topic text, id uuid) returns setof pushpop.message
 language plpgsql volatile security definer
@@ -39,12 +68,12 @@ begin
            case when m.state = 'c' then 'completed' when m.state in ('x', 'k') then 'discarded'
              when m.state in ('z', 'y') then 'dead'
              when l.lease_until > moment then 'leased'
-             when l.ended and m.attempt + 1 >= m.max_attempts then 'dead'
+             when l.ended and m.attempt >= m.max_attempts - 1 then 'dead'
              when m.ready_at > moment then 'delayed' else 'ready' end,
-           m.attempt + case when l.leased then 1 else 0 end, m.max_attempts::integer,
+           case when l.leased then pushpop.one_more(m.attempt) else m.attempt end, m.max_attempts::integer,
            m.fence + case when l.leased then 1 else 0 end::bigint, m.pushed_at, m.ready_at,
            case when l.lease_until > moment then l.lease_until end,
-           coalesce(m.done_at, case when l.ended and m.attempt + 1 >= m.max_attempts then l.lease_until end),
+           coalesce(m.done_at, case when l.ended and m.attempt >= m.max_attempts - 1 then l.lease_until end),
            m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from pushpop.messages m
     left join lateral (

@@ -162,6 +162,14 @@ begin
 end
 $body$;
 
+-- A counter of a message, and one more. Edited by hand it may be all that its type holds: an error here would fail
+-- every settle, and every pop that returns an expired lease.
+create function pushpop.one_more(n integer) returns integer
+language sql immutable parallel safe
+as $body$
+  select least(n, 2147483646) + 1
+$body$;
+
 -- Completes or discards one message, if its lease is proved.
 create function pushpop.settle_single(
   topic text, id uuid, token bytea, outcome text, moment timestamptz, keep double precision, tidy boolean
@@ -176,7 +184,7 @@ begin
     return false;
   elsif keep > 0 then
     update pushpop.messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = pushpop.one_more(m.attempt), fence = pushpop.one_more(m.fence),
         done_at = moment, delete_at = moment + keep * interval '1 second'
     where m.topic = settle_single.topic and m.id = settle_single.id and pushpop.delivery(m.pushed_at, m.fence) = delivery
       and m.state in ('p', 'd', 'r', 'f', 'e');
@@ -310,7 +318,7 @@ declare
 begin
   if keep > 0 then
     update pushpop.messages m
-    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = m.attempt + 1, fence = m.fence + 1,
+    set state = case outcome when 'complete' then 'c' else 'x' end::"char", attempt = pushpop.one_more(m.attempt), fence = pushpop.one_more(m.fence),
         done_at = moment, delete_at = moment + keep * interval '1 second'
     where m.topic = finish.topic and m.ctid = any (target) and m.fence = finish.fence and m.state in ('p', 'd', 'r', 'f', 'e');
   else
@@ -334,13 +342,13 @@ declare
 begin
   update pushpop.messages m
   set state      = case outcome when 'defer' then 'd' when 'release' then 'r' when 'expire' then 'e' else 'f' end::"char",
-      fence      = m.fence + 1,
-      attempt    = case when outcome in ('fail', 'expire') then m.attempt + 1 else m.attempt end,
+      fence      = pushpop.one_more(m.fence),
+      attempt    = case when outcome in ('fail', 'expire') then pushpop.one_more(m.attempt) else m.attempt end,
       ready_at   = case outcome
                      when 'defer' then moment + delay * interval '1 second'
-                     when 'fail' then moment + coalesce(delay, pushpop.backoff(give_back.topic, m.attempt + 1)) * interval '1 second'
+                     when 'fail' then moment + coalesce(delay, pushpop.backoff(give_back.topic, pushpop.one_more(m.attempt))) * interval '1 second'
                      else m.ready_at end,
-      failures   = case when outcome in ('fail', 'expire') then pushpop.add_failure(m.failures, m.attempt + 1, moment, error)
+      failures   = case when outcome in ('fail', 'expire') then pushpop.add_failure(m.failures, pushpop.one_more(m.attempt), moment, error)
                      else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and pushpop.delivery(m.pushed_at, m.fence) = give_back.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
@@ -367,8 +375,8 @@ $body$;
 create function pushpop.add_failure(failures jsonb, attempt integer, moment timestamptz, error text) returns jsonb
 language sql stable
 as $body$
-  select case when jsonb_array_length(failures) < 10 then failures
-              when failures is null then '[]' else failures - 0 end
+  select case when failures is null or jsonb_typeof(failures) <> 'array' then '[]'
+              when jsonb_array_length(failures) < 10 then failures else failures - 0 end
          || jsonb_build_array(jsonb_build_object(
               'attempt', attempt,
               'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),

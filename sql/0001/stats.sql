@@ -83,7 +83,7 @@ begin
       group by u.id, u.fence
     ) l
     cross join lateral (
-      select m.id, m.ready_at, coalesce(m.attempt + 1 >= m.max_attempts, false) as doomed from pushpop.messages m
+      select m.id, m.ready_at, coalesce(m.attempt >= m.max_attempts - 1, false) as doomed from pushpop.messages m
       where m.topic = stats.topic and m.id = l.id and pushpop.delivery(m.pushed_at, m.fence) = l.fence
         and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
     ) m;

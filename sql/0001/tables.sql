@@ -124,7 +124,12 @@ create table pushpop.topics (
   lease         interval,
   max_attempts  smallint,         -- 0: without end
   backoff_first double precision, -- seconds
-  backoff_most  double precision
+  backoff_most  double precision,
+
+  -- Only looks and settings write here, so a check costs nothing that counts. The limits are those of set_topic.
+  check (lease between '1 second' and '1 day' and max_attempts >= 0 and backoff_first >= 0 and backoff_most <= 250000000000
+         and coalesce(backoff_first, 1) <= coalesce(backoff_most, 3600)
+         and greatest(low, looked_at, swept_at, sure_to, checking_at, reclaimed_to, deleted_to, cleared_at) < 'infinity')
 ) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.2, autovacuum_vacuum_threshold = 200);
 
 create index topics_set on pushpop.topics (topic)

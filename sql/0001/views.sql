@@ -5,7 +5,7 @@
 -- A row for each topic.
 create view pushpop.overview as
   select n.topic, s.ready, s.delayed, s.leased, s.dead, s.settled,
-         date_trunc('second', s.at - s.oldest_ready_at) as oldest_ready_age, s.paused, s.upkept_at
+         case when isfinite(s.oldest_ready_at) then date_trunc('second', s.at - s.oldest_ready_at) end as oldest_ready_age, s.paused, s.upkept_at
   from pushpop.topic_names() n(topic)
   cross join lateral pushpop.stats(n.topic) s
   order by n.topic;
@@ -13,7 +13,7 @@ create view pushpop.overview as
 -- Messages that somebody holds, those first whose lease ends soonest.
 -- The number of the delivery is written out: a reader of the view may have no right to the function.
 create view pushpop.in_flight as
-  select l.topic, l.id, l.lease_until, date_trunc('second', l.lease_until - statement_timestamp()) as time_left, m.attempt
+  select l.topic, l.id, l.lease_until, case when isfinite(l.lease_until) then date_trunc('second', l.lease_until - statement_timestamp()) end as time_left, m.attempt
   from (
     select l.topic, u.id, u.fence, max(l.lease_until) as lease_until
     from pushpop.leases l cross join lateral unnest(l.ids, l.fences) u(id, fence)
@@ -21,8 +21,8 @@ create view pushpop.in_flight as
     group by l.topic, u.id, u.fence
   ) l
   cross join lateral (
-    select m.attempt + 1 as attempt from pushpop.messages m
-    where m.topic = l.topic and m.id = l.id and (date_part('epoch', m.pushed_at) * 1000000)::bigint + m.fence + 1 = l.fence
+    select least(m.attempt, 2147483646) + 1 as attempt from pushpop.messages m
+    where m.topic = l.topic and m.id = l.id and case when isfinite(m.pushed_at) then (date_part('epoch', m.pushed_at) * 1000000)::bigint end + m.fence + 1 = l.fence
       and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
   ) m
   order by l.lease_until, l.topic, l.id;

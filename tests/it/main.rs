@@ -8,6 +8,7 @@ mod contract;
 mod control;
 mod dead;
 mod errors;
+mod hands;
 mod heartbeat;
 #[cfg(feature = "json")]
 mod json;

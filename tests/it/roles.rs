@@ -189,6 +189,10 @@ fn internal_functions_have_the_rights_of_their_callers() {
         "prove('t', gen_random_uuid(), decode(repeat('00', 26), 'hex'))",
         "move_deadline('t', gen_random_uuid(), 1, 'x', now())",
         "bottom('t')",
+        "enqueue('t', now(), now(), now(), now(), 1, 0, array[gen_random_uuid()])",
+        "split_run('t', '(0,1)', 1)",
+        "begin_sweep('t', now(), now() - interval '1 hour')",
+        "set_aside('t', array[gen_random_uuid()], array[1], now())",
     ] {
         assert!(is_refused(&mut client, &role, &format!("select {schema}.{call}")), "{call}");
     }
