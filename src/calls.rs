@@ -230,10 +230,8 @@ impl Calls {
             stats: call("stats", &format!("select $1, {figures} from pushpop.stats($1)"), &[Type::TEXT]),
             topics: call(
                 "topics",
-                &format!(
-                    "select n.topic, {figures} from pushpop.topic_names() n(topic), pushpop.stats(n.topic)"
-                ),
-                &[],
+                &format!("select topic, {figures} from pushpop.all_stats($1, $2)"),
+                &[Type::TEXT, Type::FLOAT8],
             ),
             purge: call("purge", "select pushpop.purge($1)", &[Type::TEXT]),
             dead: call("dead", &format!("{shown}dead_letters($1, $2)"), &[Type::TEXT, Type::INT4]),
@@ -271,7 +269,7 @@ impl Calls {
                 "select pushpop.upkeep(t.topic, $2) from pg_catalog.unnest($1) t(topic)",
                 &[Type::TEXT_ARRAY, Type::INT4],
             ),
-            upkeep_due: call("upkeep_due", "select pushpop.upkeep_due()", &[]),
+            upkeep_due: call("upkeep_due", "select pushpop.upkeep_due(after => $1)", &[Type::TEXT]),
             listen: format!("listen {}", schema.identifier()),
         }
     }
@@ -389,9 +387,9 @@ impl Stats {
             leased: figure(4)?,
             settled: figure(5)?,
             dead: figure(6)?,
-            oldest_ready_at: row.try_get(7)?,
+            oldest_ready_at: time_or_null(row, 7)?,
             paused: row.try_get(8)?,
-            upkept_at: row.try_get(9)?,
+            upkept_at: time_or_null(row, 9)?,
             upkeep_time: Duration::try_from_secs_f64(row.try_get(10)?).unwrap_or_default(),
             upkeep_rows: figure(11)?,
         })

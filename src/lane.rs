@@ -172,6 +172,8 @@ pub(crate) struct State {
     pub(crate) in_use: usize,
     pub(crate) outside_waits: usize,
     pub(crate) used: HashMap<Arc<str>, Used>,
+    /// The topic up to which upkeep of all topics has come.
+    pub(crate) upkept: String,
     pub(crate) keeper_until: Option<Instant>,
     /// Requests to give unwanted messages back.
     pub(crate) unwanted: usize,

@@ -7,7 +7,7 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::lane::{State, Task};
 use crate::link::Link;
-use crate::slot::FlightId;
+use crate::slot::{FlightId, lock};
 
 /// How long one round of upkeep goes on for topics that have more to do.
 const ROUND: Duration = Duration::from_millis(200);
@@ -20,6 +20,9 @@ const STEP: usize = 1000;
 
 /// A topic through which so many messages went has its upkeep at once, a second after the last.
 const BUSY: usize = 1000;
+
+/// How many topics the server names at a time that have something due, unless there are no more.
+const DUE: usize = 100;
 
 /// A topic that was used since its last upkeep.
 pub(crate) struct Used {
@@ -114,11 +117,26 @@ impl Everywhere {
         Everywhere { engine: Arc::clone(engine) }
     }
 
+    /// Goes on behind the topic with which the last round has ended: however many have something due all the time, each
+    /// has its turn.
     fn step(&self, link: &mut Link) -> Result<()> {
-        let deadline = Instant::now() + self.engine.settings.operation_timeout;
-        let topics: Vec<String> =
-            link.run(deadline, &self.engine.calls.upkeep_due, &[])?.iter().map(|row| row.get(0)).collect();
-        topics.chunks(TOGETHER).try_for_each(|topics| Upkeep::step(&self.engine, topics, link))
+        let until = Instant::now() + ROUND * 5;
+        while Instant::now() < until {
+            let deadline = Instant::now() + self.engine.settings.operation_timeout;
+            let after = lock(&self.engine.state).upkept.clone();
+            let rows = link.run(deadline, &self.engine.calls.upkeep_due, &[&after])?;
+            let topics: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+            for topics in topics.chunks(TOGETHER) {
+                // Also when it fails: one topic does not hold up those behind it.
+                lock(&self.engine.state).upkept = topics.last().cloned().unwrap_or_default();
+                Upkeep::step(&self.engine, topics, link)?;
+            }
+            if topics.len() < DUE {
+                lock(&self.engine.state).upkept.clear();
+                break;
+            }
+        }
+        Ok(())
     }
 }
 

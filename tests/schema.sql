@@ -25,6 +25,38 @@ CREATE FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment time
               'at', to_char(moment at time zone 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"'),
               'error', coalesce(left(error, 8192), '')))
 $$;
+CREATE FUNCTION pushpop.all_stats(after text DEFAULT ''::text, seconds double precision DEFAULT NULL::double precision) RETURNS TABLE(topic text, at timestamp with time zone, ready bigint, delayed bigint, leased bigint, settled bigint, dead bigint, oldest_ready_at timestamp with time zone, paused boolean, upkept_at timestamp with time zone, upkeep_seconds double precision, upkeep_rows bigint)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+declare
+  begun constant timestamptz := clock_timestamp();
+  since timestamptz;
+  last  text := coalesce(all_stats.after, '');
+  names text[];
+  many  integer := 1;
+begin
+  loop
+    since := clock_timestamp();
+    names := array(select "pushpop".topic_names(last, many));
+    exit when cardinality(names) = 0;
+    return query select f.* from "pushpop".take_figures(names) f;
+    last := names[cardinality(names)];
+    exit when clock_timestamp() > begun + seconds * interval '1 second';
+    -- Few at a time where they take long, so that it stops when it should.
+    many := case when clock_timestamp() > since + interval '20 milliseconds' then 1 else least(many * 2, 100) end;
+  end loop;
+end
+$$;
 CREATE FUNCTION pushpop.backoff(topic text, attempt integer) RETURNS double precision
     LANGUAGE sql
     AS $$
@@ -1645,81 +1677,117 @@ CREATE FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT r
     SET cpu_tuple_cost TO '0'
     SET cpu_operator_cost TO '0'
     SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+begin
+  perform "pushpop".check_topic(stats.topic);
+  select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at, f.paused,
+         f.upkept_at, f.upkeep_seconds, f.upkeep_rows
+  into at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, upkept_at, upkeep_seconds, upkeep_rows
+  from "pushpop".take_figures(array[stats.topic]) f;
+end
+$$;
+CREATE FUNCTION pushpop.take_figures(topics text[]) RETURNS TABLE(topic text, at timestamp with time zone, ready bigint, delayed bigint, leased bigint, settled bigint, dead bigint, oldest_ready_at timestamp with time zone, paused boolean, upkept_at timestamp with time zone, upkeep_seconds double precision, upkeep_rows bigint)
+    LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
 declare
-  exact   constant bigint := 10000;
-  start   timestamptz := "pushpop".bottom(topic);
-  expired bigint := 0;
-  doomed  bigint := 0;
-  oldest  timestamptz;
-  recent  record;
+  -- Leases may hold messages that were settled in their holder's transaction. While a topic has no more than these, look
+  -- at each.
+  exact  constant bigint := 10000;
+  -- So many rows take about ten milliseconds.
+  costly constant bigint := 20000;
+  now    constant timestamptz := clock_timestamp();
+  writes constant boolean := current_setting('transaction_read_only') = 'off';
+  taken  record;
 begin
-  perform "pushpop".check_topic(stats.topic);
-  at := clock_timestamp();
-  select t.paused, t.upkept_at, extract(epoch from t.upkeep_time), t.upkeep_rows
-  into paused, upkept_at, upkeep_seconds, upkeep_rows
-  from "pushpop".topics t where t.topic = stats.topic;
-  if not found then
-    paused := false;
-    upkeep_seconds := 0;
-    upkeep_rows := 0;
-  end if;
-  select f.at, f.ready, f.delayed, f.leased, f.settled, f.dead, f.oldest_ready_at into recent
-  from "pushpop".figures f where f.topic = stats.topic;
-  if recent.at between at - interval '2 seconds' and at then
-    at := recent.at;
-    ready := recent.ready;
-    delayed := recent.delayed;
-    leased := recent.leased;
-    settled := recent.settled;
-    dead := recent.dead;
-    oldest_ready_at := recent.oldest_ready_at;
-    return;
-  end if;
-  select coalesce(sum(q.n) filter (where q.ready_at <= at), 0), coalesce(sum(q.n) filter (where q.ready_at > at), 0),
-         min(q.ready_at) filter (where q.ready_at <= at)
-  into ready, delayed, oldest_ready_at
-  from "pushpop".runs q where q.topic = stats.topic and q.ready_at >= start;
-  -- Leases may hold messages that were settled in their holder's transaction. While there are not
-  -- too many, look at each.
-  select coalesce(sum(cardinality(l.ids)), 0), coalesce(sum(l.open) filter (where l.lease_until > at), 0)
-  into expired, leased
-  from "pushpop".leases l where l.topic = stats.topic;
-  if expired <= exact then
-    select count(distinct m.id) filter (where l.lease_until > at),
-           count(distinct m.id) filter (where l.lease_until <= at and not m.doomed),
-           count(distinct m.id) filter (where l.lease_until <= at and m.doomed),
-           min(m.ready_at) filter (where l.lease_until <= at and not m.doomed)
-    into leased, expired, doomed, oldest
-    from (
-      select u.id, u.fence, max(l.lease_until) as lease_until
-      from (select l.ids, l.fences, l.lease_until from "pushpop".leases l where l.topic = stats.topic offset 0) l
-      cross join lateral unnest(l.ids, l.fences) u(id, fence)
-      group by u.id, u.fence
-    ) l
+  for taken in
+    select n.topic, coalesce(f.at, now) as at,
+           coalesce(f.ready, q.ready + coalesce(x.expired, 0)) as ready, coalesce(f.delayed, q.delayed) as delayed,
+           coalesce(f.leased, x.leased, held.leased) as leased, coalesce(f.settled, h.settled) as settled,
+           coalesce(f.dead, d.dead + coalesce(x.doomed, 0)) as dead,
+           case when f.at is null then least(q.oldest, x.oldest) else f.oldest_ready_at end as oldest_ready_at,
+           coalesce(t.paused, false) as paused, t.upkept_at,
+           coalesce(extract(epoch from t.upkeep_time), 0)::double precision as upkeep_seconds,
+           coalesce(t.upkeep_rows, 0) as upkeep_rows, q.read + held.n + h.read + d.dead as read
+    from unnest(topics) n(topic)
+    left join lateral (
+      select f.* from "pushpop".figures f
+      where f.topic = n.topic and f.at between now - interval '2 seconds' and now offset 0
+    ) f on true
+    left join lateral (select t.* from "pushpop".topics t where t.topic = n.topic offset 0) t on true
+    -- As "pushpop".bottom has it, for many topics.
     cross join lateral (
-      select m.id, m.ready_at, coalesce(m.attempt >= m.max_attempts - 1, false) as doomed from "pushpop".messages m
-      where m.topic = stats.topic and m.id = l.id and "pushpop".delivery(m.pushed_at, m.fence) = l.fence
-        and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
-    ) m;
-    ready := ready + expired;
-    oldest_ready_at := least(oldest_ready_at, oldest);
-  end if;
-  select coalesce(sum(h.n), 0) into settled from "pushpop".history h where h.topic = stats.topic;
-  select count(*) + doomed into dead from "pushpop".dead d where d.topic = stats.topic;
-  if clock_timestamp() > at + interval '10 milliseconds' and current_setting('transaction_read_only') = 'off' then
-    if recent.at is null then
-      insert into "pushpop".figures (topic, at, ready, delayed, leased, settled, dead, oldest_ready_at)
-      values (stats.topic, at, ready, delayed, leased, settled, dead, oldest_ready_at)
-      on conflict do nothing;
-    else
+      select coalesce(least(t.low, (
+        select b.ready_at from "pushpop".behind b where b.topic = n.topic order by b.ready_at, b.entry limit 1
+      )), '-infinity') as start offset 0
+    ) s
+    cross join lateral (
+      select count(*) as read, coalesce(sum(q.n) filter (where q.ready_at <= now), 0) as ready,
+             coalesce(sum(q.n) filter (where q.ready_at > now), 0) as delayed,
+             min(q.ready_at) filter (where q.ready_at <= now) as oldest
+      from "pushpop".runs q where q.topic = n.topic and f.at is null and q.ready_at >= s.start
+    ) q
+    cross join lateral (
+      select coalesce(sum(cardinality(l.ids)), 0) as n,
+             coalesce(sum(l.open) filter (where l.lease_until > now), 0) as leased
+      from "pushpop".leases l where l.topic = n.topic and f.at is null
+    ) held
+    left join lateral (
+      select count(distinct m.id) filter (where l.lease_until > now) as leased,
+             count(distinct m.id) filter (where l.lease_until <= now and not m.doomed) as expired,
+             count(distinct m.id) filter (where l.lease_until <= now and m.doomed) as doomed,
+             min(m.ready_at) filter (where l.lease_until <= now and not m.doomed) as oldest
+      from (
+        select u.id, u.fence, max(l.lease_until) as lease_until
+        from (
+          select l.ids, l.fences, l.lease_until from "pushpop".leases l
+          where l.topic = n.topic and held.n between 1 and exact offset 0
+        ) l
+        cross join lateral unnest(l.ids, l.fences) u(id, fence)
+        group by u.id, u.fence
+      ) l
+      cross join lateral (
+        select m.id, m.ready_at, coalesce(m.attempt >= m.max_attempts - 1, false) as doomed from "pushpop".messages m
+        where m.topic = n.topic and m.id = l.id and "pushpop".delivery(m.pushed_at, m.fence) = l.fence
+          and m.state in ('p', 'd', 'r', 'f', 'e') offset 0
+      ) m
+      having held.n between 1 and exact
+    ) x on true
+    cross join lateral (
+      select count(*) as read, coalesce(sum(h.n), 0) as settled
+      from "pushpop".history h where h.topic = n.topic and f.at is null
+    ) h
+    cross join lateral (
+      select count(*) as dead from "pushpop".dead d where d.topic = n.topic and f.at is null
+    ) d
+  loop
+    topic := taken.topic;
+    at := taken.at;
+    ready := taken.ready;
+    delayed := taken.delayed;
+    leased := taken.leased;
+    settled := taken.settled;
+    dead := taken.dead;
+    oldest_ready_at := taken.oldest_ready_at;
+    paused := taken.paused;
+    upkept_at := taken.upkept_at;
+    upkeep_seconds := taken.upkeep_seconds;
+    upkeep_rows := taken.upkeep_rows;
+    return next;
+    if taken.read > costly and writes then
       update "pushpop".figures f
-      set at = stats.at, ready = stats.ready, delayed = stats.delayed, leased = stats.leased, settled = stats.settled,
-          dead = stats.dead, oldest_ready_at = stats.oldest_ready_at
-      where f.topic = (select g.topic from "pushpop".figures g where g.topic = stats.topic for update skip locked);
+      set at = taken.at, ready = taken.ready, delayed = taken.delayed, leased = taken.leased, settled = taken.settled,
+          dead = taken.dead, oldest_ready_at = taken.oldest_ready_at
+      where f.topic = (select g.topic from "pushpop".figures g where g.topic = taken.topic for update skip locked);
+      if not found then
+        insert into "pushpop".figures (topic, at, ready, delayed, leased, settled, dead, oldest_ready_at)
+        values (taken.topic, taken.at, taken.ready, taken.delayed, taken.leased, taken.settled, taken.dead,
+                taken.oldest_ready_at)
+        on conflict do nothing;
+      end if;
     end if;
-  end if;
+  end loop;
 end
 $$;
 CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) RETURNS record
@@ -1845,23 +1913,25 @@ begin
   ) k;
 end
 $$;
-CREATE FUNCTION pushpop.topic_names() RETURNS SETOF text
+CREATE FUNCTION pushpop.topic_names(after text DEFAULT ''::text, max bigint DEFAULT NULL::bigint) RETURNS SETOF text
     LANGUAGE sql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
     SET jit TO 'off'
     AS $$
   with recursive names as (
-    (select m.topic from "pushpop".messages m order by m.topic limit 1)
+    select coalesce(after, '') collate "C" as topic
     union all
-    select (select m.topic from "pushpop".messages m where m.topic > n.topic order by m.topic limit 1)
+    select least(
+      (select m.topic from "pushpop".messages m where m.topic > n.topic order by m.topic limit 1),
+      (select t.topic from "pushpop".topics t
+       where t.topic > n.topic
+         and (paused or lease is not null or max_attempts is not null or backoff_first is not null
+              or backoff_most is not null)
+       order by t.topic limit 1))
     from names n where n.topic is not null
   )
-  select n.topic from names n where n.topic is not null
-  union
-  select t.topic from "pushpop".topics t
-  where paused or lease is not null or max_attempts is not null or backoff_first is not null or backoff_most is not null
-  order by 1
+  select n.topic from names n where n.topic is not null offset 1 limit max
 $$;
 CREATE FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
@@ -1957,13 +2027,13 @@ begin
   return counted;
 end
 $$;
-CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100) RETURNS SETOF text
+CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100, after text DEFAULT ''::text) RETURNS SETOF text
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET enable_seqscan TO 'off'
     SET enable_bitmapscan TO 'off'
     AS $$
-  select n.topic from "pushpop".topic_names() n(topic)
+  select n.topic from "pushpop".topic_names(after) n(topic)
   where exists (
       select from "pushpop".history h
       where h.topic = n.topic and h.delete_at <= statement_timestamp() offset 0)
@@ -2168,7 +2238,7 @@ CREATE TABLE pushpop.migrations (
     applied_at timestamp with time zone DEFAULT clock_timestamp() NOT NULL
 );
 CREATE VIEW pushpop.overview AS
- SELECT n.topic,
+ SELECT s.topic,
     s.ready,
     s.delayed,
     s.leased,
@@ -2180,9 +2250,7 @@ CREATE VIEW pushpop.overview AS
         END AS oldest_ready_age,
     s.paused,
     s.upkept_at
-   FROM (pushpop.topic_names() n(topic)
-     CROSS JOIN LATERAL pushpop.stats(n.topic) s(at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, upkept_at, upkeep_seconds, upkeep_rows))
-  ORDER BY n.topic;
+   FROM pushpop.all_stats() s(topic, at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, upkept_at, upkeep_seconds, upkeep_rows);
 CREATE TABLE pushpop.runs (
     ready_at timestamp with time zone NOT NULL,
     pushed_at timestamp with time zone NOT NULL,
@@ -2216,6 +2284,7 @@ ALTER TABLE ONLY pushpop.topics
 CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until) WHERE (lease_until > '-infinity'::timestamp with time zone);
 CREATE INDEX topics_set ON pushpop.topics USING btree (topic) WHERE (paused OR (lease IS NOT NULL) OR (max_attempts IS NOT NULL) OR (backoff_first IS NOT NULL) OR (backoff_most IS NOT NULL));
 REVOKE ALL ON FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.all_stats(after text, seconds double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.backoff(topic text, attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
@@ -2276,14 +2345,15 @@ REVOKE ALL ON FUNCTION pushpop.settle_one(topic text, id uuid, token bytea, outc
 REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.split_run(topic text, tid tid, slot integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_figures(topics text[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.topic_names() FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.topic_names(after text, max bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer, after text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, within double precision, OUT ready boolean, OUT due_in double precision, OUT noted boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;

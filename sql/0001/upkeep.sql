@@ -147,14 +147,15 @@ begin
 end
 $body$;
 
--- The topics in which upkeep has something to delete or to reclaim, up to max of them.
-create function pushpop.upkeep_due(max integer default 100) returns setof text
+-- The topics in which upkeep has something to delete or to reclaim, up to max of them, in the order of their names;
+-- with `after`, only those whose names come after that one.
+create function pushpop.upkeep_due(max integer default 100, after text default '') returns setof text
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp
 set enable_seqscan = off
 set enable_bitmapscan = off
 as $body$
-  select n.topic from pushpop.topic_names() n(topic)
+  select n.topic from pushpop.topic_names(after) n(topic)
   where exists (
       select from pushpop.history h
       where h.topic = n.topic and h.delete_at <= statement_timestamp() offset 0)

@@ -4,11 +4,10 @@
 
 -- A row for each topic.
 create view pushpop.overview as
-  select n.topic, s.ready, s.delayed, s.leased, s.dead, s.settled,
-         case when isfinite(s.oldest_ready_at) then date_trunc('second', s.at - s.oldest_ready_at) end as oldest_ready_age, s.paused, s.upkept_at
-  from pushpop.topic_names() n(topic)
-  cross join lateral pushpop.stats(n.topic) s
-  order by n.topic;
+  select s.topic, s.ready, s.delayed, s.leased, s.dead, s.settled,
+         case when isfinite(s.oldest_ready_at) then date_trunc('second', s.at - s.oldest_ready_at) end as oldest_ready_age,
+         s.paused, s.upkept_at
+  from pushpop.all_stats() s;
 
 -- Messages that somebody holds, those first whose lease ends soonest.
 -- The number of the delivery is written out: a reader of the view may have no right to the function.

@@ -141,6 +141,66 @@ fn topics_lists_each_with_its_figures() {
     assert_eq!(figures(&topics[2]), [1, 0, 0, 0, 0]);
 }
 
+/// It used to take a millisecond for each.
+#[test]
+fn the_figures_of_many_topics_are_cheap() {
+    let world = World::new();
+    let queue = world.open(world.builder().operation_timeout(Duration::from_secs(3)));
+    let mut client = world.client();
+    let push = "select from generate_series(1, 30000) i, pushpop.push('topic ' || i, 'm')";
+    client.batch_execute(&world.sql(push)).unwrap();
+    queue.topic("a").pause().unwrap();
+    queue.topic("z").pause().unwrap();
+    pop(&queue, "topic 77").complete().unwrap();
+    drop(pop(&queue, "topic 78"));
+    let topics = queue.topics().unwrap();
+    assert_eq!(topics.len(), 30_002);
+    assert!(topics.is_sorted_by_key(|stats| stats.topic().to_owned()));
+    let of = |name: &str| figures(topics.iter().find(|stats| stats.topic() == name).unwrap());
+    assert_eq!(of("topic 1"), [1, 0, 0, 0, 0]);
+    assert_eq!([of("topic 77"), of("topic 78")], [[0, 0, 0, 1, 0], [0, 0, 1, 0, 0]]);
+    assert!(topics[0].paused() && topics[30_001].paused() && !topics[1].paused());
+
+    // However short its time is, it comes to the end.
+    let sql = world.sql("select count(*)::int, max(topic) from pushpop.all_stats($1, 0)");
+    let (mut after, mut seen) = (String::new(), 0);
+    for _ in 0..100 {
+        let row = client.query_one(&sql, &[&after]).unwrap();
+        assert_eq!(row.get::<_, i32>(0), 1, "one at least");
+        after = row.get(1);
+        seen += 1;
+    }
+    assert_eq!((seen, &*after), (100, topics[99].topic()));
+    let row = client.query_one(&sql, &[&"z"]).unwrap();
+    assert_eq!(row.get::<_, i32>(0), 0, "there is no more");
+}
+
+/// What a topic has much of is counted once for all who ask within two seconds, however they ask.
+#[test]
+fn figures_that_cost_much_are_shared() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    client
+        .batch_execute(
+            &world.sql("select from generate_series(1, 21000) i, pushpop.push('much', int4send(i))"),
+        )
+        .unwrap();
+    queue.push("little", "m").unwrap();
+    let mut taken = |name: &str, sql: &str| -> OffsetDateTime {
+        client.query_one(&world.sql(sql), &[&name]).unwrap().get(0)
+    };
+    let all = "select at from pushpop.all_stats() where topic = $1";
+    let one = "select at from pushpop.stats($1)";
+    // A busy machine may take more than the two seconds.
+    for (first, second) in [(all, all), (all, one), (one, all), (one, one)] {
+        until("they are shared", || taken("much", first) == taken("much", second));
+        assert_ne!(taken("little", first), taken("little", second));
+    }
+    let ready = |topic: &str| queue.topic(topic).stats().unwrap().ready();
+    assert_eq!((ready("much"), ready("little")), (21_000, 1));
+}
+
 #[test]
 fn peek_shows_the_order_and_takes_nothing() {
     let world = World::new();

@@ -29,7 +29,16 @@ const PARTS: [(&str, &[&str]); 4] = [
     ),
     (
         "monitor",
-        &["stats", "topic_names", "topic_settings", "find", "peek", "dead_letters", "schema_version"],
+        &[
+            "stats",
+            "all_stats",
+            "topic_names",
+            "topic_settings",
+            "find",
+            "peek",
+            "dead_letters",
+            "schema_version",
+        ],
     ),
     (
         "operator",
@@ -49,7 +58,7 @@ const PARTS: [(&str, &[&str]); 4] = [
 ];
 
 /// A call of each function that clients may call, with arguments that are good.
-const CALLS: [(&str, &str); 30] = [
+const CALLS: [(&str, &str); 31] = [
     ("push", "push('t', 'm')"),
     ("push_many", "push_many('t', array[gen_random_uuid()], array['m'::bytea])"),
     ("pop", "pop('t')"),
@@ -65,6 +74,7 @@ const CALLS: [(&str, &str); 30] = [
     ("upkeep", "upkeep('t')"),
     ("upkeep_due", "upkeep_due()"),
     ("stats", "stats('t')"),
+    ("all_stats", "all_stats()"),
     ("topic_names", "topic_names()"),
     ("topic_settings", "topic_settings('t')"),
     ("find", "find('t', gen_random_uuid())"),

@@ -99,6 +99,26 @@ fn one_statement_of_it_deletes_no_more_than_a_step() {
     assert!(deleted().1 <= Some(1_250), "{:?}", deleted());
 }
 
+/// Those whose names come first are held by somebody, so that something is due in them all the time.
+#[test]
+fn every_topic_has_its_turn() {
+    let world = World::new();
+    let mut client = world.client();
+    drop(world.queue());
+    let settle = "select from generate_series(1, 250) i, lateral (
+                    select p.pushed from pushpop.push('a ' || i, 'm') p) q, lateral (
+                    select from pushpop.pop('a ' || i) m, pushpop.complete('a ' || i, m.id, m.token, 0.001)) s";
+    client.batch_execute(&world.sql(settle)).unwrap();
+    client.batch_execute(&world.sql(&settle.replace("'a '", "'z '").replace("250", "1"))).unwrap();
+    let mut holder = world.client();
+    let mut tx = holder.transaction().unwrap();
+    tx.batch_execute(&world.sql("select from pushpop.topics where topic < 'z' for update")).unwrap();
+    let _queue = world.open(world.builder().keep_settled(Duration::from_secs(1)));
+    let left = world.sql("select count(*) from pushpop.history where topic > 'z'");
+    until("its history is deleted", || client.query_one(&left, &[]).unwrap().get::<_, i64>(0) == 0);
+    tx.rollback().unwrap();
+}
+
 #[test]
 fn its_cost_is_in_the_figures() {
     let world = World::new();

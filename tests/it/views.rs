@@ -116,7 +116,7 @@ fn a_role_sees_them_by_the_rights_that_the_documentation_names() {
     let select = "grant select on pushpop.overview, pushpop.in_flight, pushpop.dead_messages";
     admin.batch_execute(&world.sql(&format!("{select} to {role}"))).unwrap();
     assert_eq!(views.map(|view| denied(&mut client, view)), [true, false, false]);
-    let execute = "grant execute on function pushpop.topic_names(), pushpop.stats(text)";
+    let execute = "grant execute on function pushpop.all_stats";
     admin.batch_execute(&world.sql(&format!("{execute} to {role}"))).unwrap();
     assert!(!views.iter().any(|view| denied(&mut client, view)));
     drop(lease);
