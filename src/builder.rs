@@ -221,33 +221,21 @@ impl Builder {
 
     /// Opens the queue at a URL, or with a connection string of keys and values.
     ///
-    /// `sslmode` and its like are those of other clients: see "Is it encrypted?" in the
-    /// [crate's documentation](crate). Files that they name are read here, once.
+    /// White space around it is ignored. `sslmode` and its like are those of other clients: see "Is it encrypted?"
+    /// in the [crate's documentation](crate). Files that they name are read here, once.
     ///
     /// Blocks for as long as the connection, and the migration if there is one, take.
     ///
     /// # Errors
     ///
-    /// [`Invalid`](crate::ErrorKind::Invalid) for a URL that is none, a setting outside its limits, a certificate
-    /// that cannot be read, or encryption that takes the feature `rustls`.
+    /// [`Invalid`](crate::ErrorKind::Invalid) for a URL that is none or has an unknown key or value, a setting
+    /// outside its limits, a certificate that cannot be read, or encryption that takes the feature `rustls`.
     /// [`Connection`](crate::ErrorKind::Connection), [`Denied`](crate::ErrorKind::Denied),
     /// [`Schema`](crate::ErrorKind::Schema): with the cause.
     pub fn connect(self, url: &str) -> Result<Queue> {
-        let (url, asked) = crate::url::split(url).map_err(|e| e.during("connect", None))?;
-        let mut config = url.parse::<Config>().map_err(|e| {
-            // The words of the parser may quote a part of the URL, and so the password.
-            let cause = std::error::Error::source(&e).map(ToString::to_string).unwrap_or_default();
-            let safe = ["unexpected EOF", "invalid connection string"].iter().find(|s| cause.contains(**s));
-            Error::invalid(format!(
-                "the URL of the database cannot be read{}",
-                safe.map(|s| format!(": {s}")).unwrap_or_default()
-            ))
-            .during("connect", None)
-        })?;
-        if let Some(mode) = asked.mode {
-            config.ssl_mode(mode);
-        }
-        self.open_queue(config, &asked).map_err(|e| e.during("connect", None))
+        crate::url::read(url)
+            .and_then(|(config, asked)| self.open_queue(config, &asked))
+            .map_err(|e| e.during("connect", None))
     }
 
     /// Opens the queue with a configuration of the driver's: several hosts, `target_session_attrs`,

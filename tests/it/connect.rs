@@ -108,6 +108,44 @@ fn a_url_that_is_none_is_refused_without_quoting_it() {
 }
 
 #[test]
+fn a_url_is_read_as_it_stands_in_a_file() {
+    let world = World::new();
+    for url in [format!("{}\n", world.url), format!("\t{}\r\n", world.url)] {
+        let queue = world.builder().connect(&url).unwrap();
+        let database: String =
+            queue.transaction(|tx| Ok(tx.query_one("select current_database()", &[])?.get(0))).unwrap();
+        assert_eq!(Some(&*database), world.config().get_dbname());
+    }
+}
+
+#[test]
+fn what_a_url_of_another_clients_says_is_refused_by_name() {
+    let url = "postgres://u:hunter2@127.0.0.1:1/d";
+    for (text, words) in [
+        (
+            format!("{url}?pgbouncer=true"),
+            "unknown key pgbouncer in the connection string; use Builder::pooler",
+        ),
+        (format!("{url}?schema=hunter2"), "unknown key schema in the connection string; use Builder::schema"),
+        (
+            format!("{url}?target_session_attrs=primary"),
+            "target_session_attrs in the connection string must be any, read-",
+        ),
+        (
+            format!("{url}?connect_timeout=hunter2"),
+            "connect_timeout in the connection string must be a number of seconds",
+        ),
+        ("mysql://u:hunter2@h/d".to_owned(), "begins with postgres:// or postgresql://, not mysql://"),
+        (" \n".to_owned(), "the connection string is empty"),
+    ] {
+        let error = Queue::connect(&text).map(drop).unwrap_err();
+        assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::Invalid, false), "{error}");
+        assert!(error.to_string().starts_with("connect: ") && error.to_string().contains(words), "{error}");
+        assert!(!format!("{error} {error:?}").contains("hunter2"), "{error:?}");
+    }
+}
+
+#[test]
 fn a_dead_first_host_does_not_hide_the_second() {
     let world = World::new();
     let live = world.config();
