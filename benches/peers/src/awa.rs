@@ -1,4 +1,7 @@
 //! awa, with its queue storage.
+//!
+//! Something in here is wrong: a plain program by awa's documentation was five times as fast and more. See "Not published"
+//! in the README.
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -19,7 +22,7 @@ use crate::work::{PATIENCE, Work};
 
 const QUEUE: &str = "peers";
 
-/// Connections of its pool, as it recommends for one queue. More are slower: all that push wait for one row.
+/// Connections of its pool, as it recommends for one queue.
 const CONNECTIONS: u32 = 24;
 
 /// Its worker.
@@ -40,6 +43,10 @@ impl JobArgs for Message {
 impl Peer for Awa {
     fn name(&self) -> &'static str {
         if self.batches { "awa" } else { "awa, claiming one by one" }
+    }
+
+    fn is_fair(&self) -> bool {
+        false
     }
 
     fn schema(&self) -> &'static str {

@@ -3,7 +3,7 @@
 //! `cargo run --release --manifest-path benches/peers/Cargo.toml -- [single|batched|all] [--json] [--quick]`
 //!
 //! `--threads 1,8,256` has `single` run with other numbers of threads than 32 and 128, and `--only pgmq,fang`
-//! only these take part. A queue that loses or doubles a message gets no figures, and the program ends with an
+//! only these take part; awa does only if it is named, as its adapter is not fair yet. A queue that loses or doubles a message gets no figures, and the program ends with an
 //! error.
 
 mod awa;
@@ -80,7 +80,8 @@ impl Arguments {
         mut peers: Vec<Box<dyn Peer>>,
     ) -> Contest {
         peers.retain(|peer| {
-            self.only.is_empty() || self.only.iter().any(|name| peer.name().starts_with(name))
+            let named = self.only.iter().any(|name| peer.name().starts_with(name));
+            named || self.only.is_empty() && peer.is_fair()
         });
         let (rounds, millis) = if self.quick { (1, 0) } else { (5, 1_500) };
         Contest { workload, threads, batch, peers, rounds, phase: Duration::from_millis(millis) }

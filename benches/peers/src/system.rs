@@ -12,6 +12,12 @@ use crate::work::Work;
 pub(crate) trait Peer {
     fn name(&self) -> &'static str;
 
+    /// Whether its figures may stand beside the others': its adapter gets out of it what a plain program does. If not,
+    /// it takes part only when it is named.
+    fn is_fair(&self) -> bool {
+        true
+    }
+
     /// The schema that holds all it has, and nothing else.
     fn schema(&self) -> &'static str;
 
