@@ -352,7 +352,12 @@
 //! # Can other languages take part?
 //!
 //! Yes. The engine is a set of SQL functions, and this crate calls the same ones:
-//! `select * from pushpop.pop('mail')`. The README has their arguments, and examples for psql and Python.
+//! `select * from pushpop.pop('mail')`. The README has their arguments, and examples for psql, Python and Node.js.
+//!
+//! **Strings are text, bytes are `bytea`.** `push` and `push_many` take payloads of type `text`, `jsonb` and `bytea`. A string to
+//! which a driver gives no type is text, and arrives as it was sent. Cast bytes where the driver does not name their type
+//! (`$1::bytea`), and name the type of an array (`$2::text[]`); one of unknown type is refused. Payloads come out as `bytea`;
+//! `pushpop.as_text(payload)` and `pushpop.as_json(payload)` are null where the payload is no text or no JSON.
 //!
 //! # Features
 //!

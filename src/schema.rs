@@ -28,6 +28,7 @@ const MIGRATIONS: &[Migration] = &[Migration {
         include_str!("../sql/0001/dead.sql"),
         include_str!("../sql/0001/control.sql"),
         include_str!("../sql/0001/views.sql"),
+        include_str!("../sql/0001/text.sql"),
         include_str!("../sql/0001/rights.sql"),
     ],
 }];

@@ -57,6 +57,26 @@ begin
   end loop;
 end
 $$;
+CREATE FUNCTION pushpop.as_json(payload bytea) RETURNS jsonb
+    LANGUAGE plpgsql IMMUTABLE STRICT
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return convert_from(as_json.payload, 'UTF8')::jsonb;
+exception when others then
+  return null;
+end
+$$;
+CREATE FUNCTION pushpop.as_text(payload bytea) RETURNS text
+    LANGUAGE plpgsql IMMUTABLE STRICT
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return convert_from(as_text.payload, 'UTF8');
+exception when character_not_in_repertoire or untranslatable_character then
+  return null;
+end
+$$;
 CREATE FUNCTION pushpop.backoff(topic text, attempt integer) RETURNS double precision
     LANGUAGE sql
     AS $$
@@ -1009,6 +1029,26 @@ begin
   end if;
 end
 $$;
+CREATE FUNCTION pushpop.push(topic text, payload jsonb, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT NULL::integer, sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25, OUT pushed uuid, OUT duplicate boolean) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  select p.pushed, p.duplicate into pushed, duplicate
+  from "pushpop".push(push.topic, convert_to(push.payload::text, 'UTF8'), push.id, push.delay, push.ready_at, push.headers,
+                    push.max_attempts, push.sender, push.fallback) p;
+end
+$$;
+CREATE FUNCTION pushpop.push(topic text, payload text, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT NULL::integer, sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25, OUT pushed uuid, OUT duplicate boolean) RETURNS record
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  select p.pushed, p.duplicate into pushed, duplicate
+  from "pushpop".push(push.topic, convert_to(push.payload, 'UTF8'), push.id, push.delay, push.ready_at, push.headers,
+                    push.max_attempts, push.sender, push.fallback) p;
+end
+$$;
 CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25) RETURNS SETOF integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -1106,6 +1146,31 @@ begin
     perform "pushpop".wait_for_duplicate();
     return query select p from generate_series(1, wanted) p where p <> all (places);
   end if;
+end
+$$;
+CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads jsonb[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25) RETURNS SETOF integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return query
+    select "pushpop".push_many(
+      push_many.topic, push_many.ids, push_many.payloads::text[], push_many.delays, push_many.ready_ats, push_many.headers,
+      push_many.max_attempts, push_many.sender, push_many.fallback);
+end
+$$;
+CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads text[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25) RETURNS SETOF integer
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  return query
+    select "pushpop".push_many(
+      push_many.topic, push_many.ids,
+      (select array_agg(convert_to(u.payload, 'UTF8') order by u.place)
+       from unnest(push_many.payloads) with ordinality u(payload, place)),
+      push_many.delays, push_many.ready_ats, push_many.headers, push_many.max_attempts, push_many.sender,
+      push_many.fallback);
 end
 $$;
 CREATE FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) RETURNS bigint
@@ -2285,6 +2350,8 @@ CREATE INDEX leases_until ON pushpop.leases USING btree (topic, lease_until) WHE
 CREATE INDEX topics_set ON pushpop.topics USING btree (topic) WHERE (paused OR (lease IS NOT NULL) OR (max_attempts IS NOT NULL) OR (backoff_first IS NOT NULL) OR (backoff_most IS NOT NULL));
 REVOKE ALL ON FUNCTION pushpop.add_failure(failures jsonb, attempt integer, moment timestamp with time zone, error text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.all_stats(after text, seconds double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.as_json(payload bytea) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.as_text(payload bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.backoff(topic text, attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
@@ -2327,7 +2394,11 @@ REVOKE ALL ON FUNCTION pushpop.prove(topic text, id uuid, token bytea) FROM PUBL
 REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge_dead(topic text, age double precision, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.push(topic text, payload bytea, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, fallback integer, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push(topic text, payload jsonb, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, fallback integer, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push(topic text, payload text, id uuid, delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer, sender uuid, fallback integer, OUT pushed uuid, OUT duplicate boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid, fallback integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads jsonb[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid, fallback integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.push_many(topic text, ids uuid[], payloads text[], delays double precision[], ready_ats timestamp with time zone[], headers jsonb[], max_attempts integer[], sender uuid, fallback integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.reclaim(topic text, moment timestamp with time zone, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.redrive(topic text, ids uuid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.redrive_all(topic text, INOUT until timestamp with time zone, max integer, OUT redriven bigint) FROM PUBLIC;

@@ -190,15 +190,15 @@ fn sql_has_the_same_limits() {
         ("64", format!("push('t', 'x', headers => {many_headers})")),
         ("16384", "push('t', 'x', headers => jsonb_build_object('n', repeat('v', 16384)))".to_owned()),
         ("1 to 255 bytes", format!("push_many('', {ids}, array['x'::bytea])")),
-        ("1 to 10000", "push_many('t', '{}', '{}')".to_owned()),
-        ("1 to 10000", "push_many('t', null, null)".to_owned()),
+        ("1 to 10000", "push_many('t', '{}', '{}'::bytea[])".to_owned()),
+        ("1 to 10000", "push_many('t', null, null::bytea[])".to_owned()),
         (
             "1 to 10000",
             "push_many('t', array(select gen_random_uuid() from generate_series(1, 10001)), array_fill('x'::bytea, '{10001}'))"
                 .to_owned(),
         ),
         ("same length", format!("push_many('t', {ids}, array['x', 'y']::bytea[])")),
-        ("same length", format!("push_many('t', {ids}, null)")),
+        ("same length", format!("push_many('t', {ids}, null::bytea[])")),
         ("same length", format!("push_many('t', {ids}, array['x'::bytea], delays => '{{}}')")),
         ("same length", format!("push_many('t', {ids}, array['x'::bytea], max_attempts => '{{1,2}}')")),
         ("not null", "push_many('t', array[null::uuid], array['x'::bytea])".to_owned()),

@@ -12,6 +12,7 @@ mod hands;
 mod heartbeat;
 #[cfg(feature = "json")]
 mod json;
+mod languages;
 mod limits;
 mod look;
 mod machine;

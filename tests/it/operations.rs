@@ -103,6 +103,7 @@ fn its_grants_are_enough_and_not_too_much() {
         .expect("the grants");
     let grants = grants
         .replace("schema pushpop", &format!("schema {}", world.schema))
+        .replace("'pushpop'", &format!("'{}'", world.schema))
         .replace("producer", &producer)
         .replace("consumer", &consumer)
         .replace("monitor", &monitor);
@@ -118,6 +119,10 @@ fn its_grants_are_enough_and_not_too_much() {
     producer.push_many("mail", ["2", "3", "4", "5", "6", "7", "8"]).unwrap();
     producer.transaction(|tx| producer.push_in(tx, "mail", "9")).unwrap();
     producer.push("slow", NewMessage::new("1").max_attempts(1)).unwrap();
+    let mut client = postgres::Client::connect(&producer_url, postgres::NoTls).unwrap();
+    let pushes = "select pushpop.push('other', '10'), pushpop.push('other', '10'::jsonb),
+                         pushpop.push_many('other', array[gen_random_uuid()], array['10'])";
+    client.batch_execute(&world.sql(pushes)).unwrap();
     is_denied(producer.try_pop("mail").map(drop).unwrap_err());
 
     let consumer = open(&consumer_url);
@@ -152,6 +157,11 @@ fn its_grants_are_enough_and_not_too_much() {
     is_denied(consumer.topic("mail").purge().map(drop).unwrap_err());
     let mut client = postgres::Client::connect(&consumer_url, postgres::NoTls).unwrap();
     client.batch_execute(&world.sql("select pushpop.upkeep('mail'), pushpop.upkeep_due()")).unwrap();
+    client
+        .batch_execute(
+            &world.sql("select pushpop.as_text(payload), pushpop.as_json(payload) from pushpop.pop('mail')"),
+        )
+        .unwrap();
 
     let monitor = open(&monitor_url);
     assert!(monitor.topics().unwrap().iter().any(|stats| stats.topic() == "mail"));

@@ -72,7 +72,7 @@ fn assert_all_few(world: &World) {
     }
     let id: Uuid = Uuid::new_v4();
     let calls = [
-        ("push", "select from pushpop.push('t', 'm')"),
+        ("push", "select from pushpop.push('t', 'm'::bytea)"),
         (
             "push of a batch",
             "select from pushpop.push_many('t', array(select gen_random_uuid() from generate_series(1, 10)), array_fill('m'::bytea, '{10}'))",

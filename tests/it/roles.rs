@@ -58,9 +58,13 @@ const PARTS: [(&str, &[&str]); 4] = [
 ];
 
 /// A call of each function that clients may call, with arguments that are good.
-const CALLS: [(&str, &str); 31] = [
+const CALLS: [(&str, &str); 35] = [
+    ("push", "push('t', 'm'::bytea)"),
     ("push", "push('t', 'm')"),
+    ("push", "push('t', '1'::jsonb)"),
     ("push_many", "push_many('t', array[gen_random_uuid()], array['m'::bytea])"),
+    ("push_many", "push_many('t', array[gen_random_uuid()], array['m'])"),
+    ("push_many", "push_many('t', array[gen_random_uuid()], array['1'::jsonb])"),
     ("pop", "pop('t')"),
     ("wait_for", "wait_for('t')"),
     ("settle_many", "settle_many('t', array[gen_random_uuid()], array['x'::bytea], array['complete'])"),
@@ -135,9 +139,14 @@ fn every_role_can_do_its_part_and_no_more() {
             client.batch_execute(&format!("grant usage on schema {schema} to {role}")).unwrap();
         }
         for function in functions {
-            client
-                .batch_execute(&format!("grant execute on function {schema}.{function} to {role}"))
-                .unwrap();
+            // A push has a form for each type of payload.
+            let forms = format!(
+                "select oid::regprocedure::text from pg_proc
+                 where pronamespace = '{schema}'::regnamespace and proname = '{function}'"
+            );
+            for form in names(&mut client, &forms) {
+                client.batch_execute(&format!("grant execute on function {form} to {role}")).unwrap();
+            }
         }
         roles.insert(part, (role, functions));
     }

@@ -156,13 +156,11 @@ pub(crate) fn apply(name: &str, client: &mut Client) -> Result<(), BoxError> {
     let broken = broken.ok_or_else(|| format!("there is no fault {name}"))?;
     for (function, from, to) in broken.patches {
         let sql = "select pg_get_functiondef(p.oid) from pg_proc p
-                   where p.pronamespace = 'pushpop'::regnamespace and p.proname = $1";
-        let is: String = client.query_one(sql, &[function])?.get(0);
-        let broken = is.replace(from, to);
-        if broken == is {
+                   where p.pronamespace = 'pushpop'::regnamespace and p.proname = $1 and strpos(p.prosrc, $2) > 0";
+        let Some(row) = client.query_opt(sql, &[function, from])? else {
             return Err(format!("{function} has changed: there is no {from:?}").into());
-        }
-        client.batch_execute(&broken)?;
+        };
+        client.batch_execute(&row.get::<_, String>(0).replace(from, to))?;
     }
     Ok(())
 }
