@@ -25,8 +25,9 @@ use crate::url::Check;
 /// The settings of a [`Queue`], each with a default.
 ///
 /// ```no_run
-/// # use std::time::Duration;
-/// # use pushpop_pg::Queue;
+/// use std::time::Duration;
+/// use pushpop_pg::Queue;
+///
 /// # fn main() -> Result<(), pushpop_pg::Error> {
 /// let queue = Queue::builder()
 ///     .pool_size(8)
@@ -163,12 +164,13 @@ impl Builder {
     /// ```no_run
     /// # #[cfg(feature = "rustls")]
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # use pushpop_pg::Queue;
-    /// # let roots = rustls::RootCertStore::empty();
-    /// # let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+    /// use std::sync::Arc;
+    /// use pushpop_pg::Queue;
+    /// use rustls::{ClientConfig, RootCertStore, crypto::ring::default_provider};
     /// use tokio_postgres_rustls::MakeRustlsConnect;
     ///
-    /// let config = rustls::ClientConfig::builder_with_provider(provider)
+    /// let roots = RootCertStore::empty(); // and in it the authorities that are trusted
+    /// let config = ClientConfig::builder_with_provider(Arc::new(default_provider()))
     ///     .with_safe_default_protocol_versions()?
     ///     .with_root_certificates(roots)
     ///     .with_no_client_auth();

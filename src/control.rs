@@ -14,10 +14,11 @@ use crate::topic::Topic;
 /// what the [`Builder`](crate::Builder) says holds where they say nothing.
 ///
 /// ```no_run
-/// # use std::time::Duration;
-/// # use pushpop_pg::TopicSettings;
+/// use std::time::Duration;
+/// use pushpop_pg::{Queue, TopicSettings};
+///
 /// # fn main() -> Result<(), pushpop_pg::Error> {
-/// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+/// let queue = Queue::connect("postgres://localhost/app")?;
 /// queue.topic("mail").set(
 ///     &TopicSettings::default()
 ///         .with_lease(Duration::from_secs(60))

@@ -18,8 +18,10 @@ impl Topic<'_> {
     /// Those of [`stats`](Self::stats).
     ///
     /// ```no_run
+    /// use pushpop_pg::Queue;
+    ///
     /// # fn main() -> Result<(), pushpop_pg::Error> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+    /// let queue = Queue::connect("postgres://localhost/app")?;
     /// for message in queue.topic("mail").dead(10)? {
     ///     println!("{}: {}", message.id(), message.last_error().unwrap_or_default());
     /// }

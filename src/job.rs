@@ -41,17 +41,18 @@ impl From<()> for Outcome {
 /// Its lease is extended for as long as the handler runs, so there is no need to think of it.
 ///
 /// ```no_run
-/// # use pushpop_pg::{Job, Outcome};
-/// # fn render(_: &[u8]) -> Result<bool, std::io::Error> { Ok(true) }
-/// fn handle(job: &Job) -> Result<Outcome, pushpop_pg::BoxError> {
-///     for page in job.payload().chunks(100) {
+/// use pushpop_pg::{BoxError, Job, Outcome};
+///
+/// fn handle(job: &Job) -> Result<Outcome, BoxError> {
+///     for line in std::str::from_utf8(job.payload())?.lines() {
 ///         // Somebody else may have the message by now, or the program is to end.
 ///         if job.is_lost() || job.should_stop() {
 ///             return Err("interrupted".into());
 ///         }
-///         if !render(page)? {
+///         if line.is_empty() {
 ///             return Ok(Outcome::Discard);
 ///         }
+///         println!("{line}");
 ///     }
 ///     Ok(Outcome::Complete)
 /// }
@@ -87,9 +88,10 @@ impl Job {
     /// committed; any error of the server's.
     ///
     /// ```no_run
-    /// # use pushpop_pg::{Error, Outcome, Queue, Worker};
-    /// # fn main() -> Result<(), Error> {
-    /// # let queue = Queue::connect("postgres://localhost")?;
+    /// use pushpop_pg::{Outcome, Queue, Worker};
+    ///
+    /// # fn main() -> Result<(), pushpop_pg::Error> {
+    /// let queue = Queue::connect("postgres://localhost/app")?;
     /// Worker::new(&queue)
     ///     .handle("orders", 4, |job| {
     ///         queue.transaction(|tx| {

@@ -23,8 +23,10 @@ use crate::span;
 /// A lease keeps its queue alive, and can be settled after [`Queue::close`](crate::Queue::close).
 ///
 /// ```no_run
+/// use pushpop_pg::Queue;
+///
 /// # fn main() -> Result<(), pushpop_pg::Error> {
-/// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+/// let queue = Queue::connect("postgres://localhost/app")?;
 /// let lease = queue.pop("mail")?;
 /// println!("{} bytes, attempt {}", lease.payload().len(), lease.attempt());
 /// lease.complete()?;
@@ -35,11 +37,13 @@ use crate::span;
 /// Settling twice does not compile:
 ///
 /// ```compile_fail,E0382
-/// # fn twice(lease: pushpop_pg::Lease) -> Result<(), pushpop_pg::Error> {
-/// lease.complete()?;
-/// lease.complete()?;
-/// # Ok(())
-/// # }
+/// use pushpop_pg::{Error, Lease};
+///
+/// fn twice(lease: Lease) -> Result<(), Error> {
+///     lease.complete()?;
+///     lease.complete()?;
+///     Ok(())
+/// }
 /// ```
 #[must_use = "a lease that is dropped keeps its message from others until it expires"]
 pub struct Lease {

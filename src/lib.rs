@@ -94,7 +94,11 @@
 //! ```no_run
 //! use pushpop_pg::{Outcome, Queue, Worker};
 //!
-//! # fn send(_: &[u8]) -> Result<(), std::io::Error> { Ok(()) }
+//! fn send(mail: &[u8]) -> Result<(), std::io::Error> {
+//!     println!("{} bytes", mail.len());
+//!     Ok(())
+//! }
+//!
 //! # fn main() -> Result<(), pushpop_pg::Error> {
 //! let queue = Queue::connect("postgres://localhost/app")?;
 //! let worker = Worker::new(&queue).handle("mail", 8, |job| {
@@ -124,14 +128,17 @@
 //! was on its way to a pop that has ended is released at once, and loses no attempt.
 //!
 //! ```no_run
-//! # fn handle(_: &[u8]) {}
+//! use std::io;
+//! use std::thread;
+//! use pushpop_pg::Queue;
+//!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
-//! std::thread::scope(|scope| {
+//! let queue = Queue::connect("postgres://localhost/app")?;
+//! thread::scope(|scope| {
 //!     for _ in 0..4 {
 //!         scope.spawn(|| {
 //!             for lease in queue.iter("mail").flatten() {
-//!                 handle(lease.payload());
+//!                 println!("{} bytes", lease.payload().len());
 //!                 if let Err(e) = lease.complete() {
 //!                     eprintln!("{e}");
 //!                 }
@@ -139,10 +146,11 @@
 //!         });
 //!     }
 //!     // Until somebody presses Enter.
-//!     std::io::stdin().read_line(&mut String::new())?;
+//!     let pressed = io::stdin().read_line(&mut String::new());
 //!     queue.close();
-//!     Ok(())
-//! })
+//!     pressed
+//! })?;
+//! # Ok(())
 //! # }
 //! ```
 //!
@@ -158,8 +166,10 @@
 //! [listed](Topic::dead), [redriven](Topic::redrive_all) or [purged](Topic::purge_dead):
 //!
 //! ```no_run
+//! use pushpop_pg::Queue;
+//!
 //! # fn main() -> Result<(), pushpop_pg::Error> {
-//! # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+//! let queue = Queue::connect("postgres://localhost/app")?;
 //! let mail = queue.topic("mail");
 //! for message in mail.dead(100)? {
 //!     println!("{} failed {} times: {:?}", message.id(), message.attempt(), message.last_error());
@@ -290,7 +300,8 @@
 //! changes nothing. A settle that failed gives the lease back:
 //!
 //! ```no_run
-//! # use pushpop_pg::{Error, Lease};
+//! use pushpop_pg::{Error, Lease};
+//!
 //! fn complete(mut lease: Lease) -> Result<(), Error> {
 //!     loop {
 //!         match lease.complete().map_err(|failed| failed.into_parts()) {
@@ -422,13 +433,3 @@ pub use worker::Worker;
 pub use self::metrics::Metrics;
 
 pub use {postgres, time, uuid};
-
-/// Compiles the examples of the README.
-#[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
-
-/// And that of the document on operation.
-#[cfg(doctest)]
-#[doc = include_str!("../docs/operations.md")]
-struct Operations;

@@ -18,7 +18,7 @@ use crate::limits;
 /// `queue.push("mail", "hello")` works; `NewMessage` is for those who want more.
 ///
 /// ```
-/// # use std::time::Duration;
+/// use std::time::Duration;
 /// use pushpop_pg::NewMessage;
 ///
 /// let message = NewMessage::new("hello")
@@ -71,7 +71,8 @@ impl NewMessage {
     /// [`Invalid`](crate::ErrorKind::Invalid) when the value cannot be written as JSON.
     ///
     /// ```
-    /// # use pushpop_pg::NewMessage;
+    /// use pushpop_pg::NewMessage;
+    ///
     /// let message = NewMessage::json(&["birds", "cats"])?;
     /// # Ok::<(), pushpop_pg::Error>(())
     /// ```

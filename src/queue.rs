@@ -99,9 +99,11 @@ impl Queue {
     /// what the topic says. A length outside these limits is refused by the pop.
     ///
     /// ```no_run
-    /// # use std::time::Duration;
+    /// use std::time::Duration;
+    /// use pushpop_pg::Queue;
+    ///
     /// # fn main() -> Result<(), pushpop_pg::Error> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+    /// let queue = Queue::connect("postgres://localhost/app")?;
     /// let lease = queue.with_lease(Duration::from_secs(30)).try_pop("mail")?;
     /// # Ok(())
     /// # }
@@ -142,10 +144,11 @@ impl Queue {
     /// the same [`NewMessage`] again is safe.
     ///
     /// ```no_run
-    /// # use std::time::Duration;
-    /// # use pushpop_pg::NewMessage;
+    /// use std::time::Duration;
+    /// use pushpop_pg::{NewMessage, Queue};
+    ///
     /// # fn main() -> Result<(), pushpop_pg::Error> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+    /// let queue = Queue::connect("postgres://localhost/app")?;
     /// queue.push("mail", "at once")?;
     /// queue.push("mail", NewMessage::new("in a minute").delay(Duration::from_secs(60)))?;
     /// # Ok(())
@@ -168,10 +171,12 @@ impl Queue {
     /// Those of [`push`](Self::push).
     ///
     /// ```no_run
-    /// # use pushpop_pg::NewMessage;
+    /// use pushpop_pg::uuid::uuid;
+    /// use pushpop_pg::{NewMessage, Queue};
+    ///
     /// # fn main() -> Result<(), pushpop_pg::Error> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
-    /// let message = NewMessage::new("once").with_id(uuid::uuid!("67e55044-10b1-426f-9247-bb680e5fe0c8"));
+    /// let queue = Queue::connect("postgres://localhost/app")?;
+    /// let message = NewMessage::new("once").with_id(uuid!("67e55044-10b1-426f-9247-bb680e5fe0c8"));
     /// assert!(queue.push_once("mail", message.clone())?);
     /// assert!(!queue.push_once("mail", message)?);
     /// # Ok(())
@@ -234,9 +239,12 @@ impl Queue {
     /// of the server's.
     ///
     /// ```no_run
+    /// use pushpop_pg::Queue;
+    /// use pushpop_pg::postgres::{Client, NoTls};
+    ///
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
-    /// # let mut client = postgres::Client::connect("postgres://localhost", postgres::NoTls)?;
+    /// let queue = Queue::connect("postgres://localhost/app")?;
+    /// let mut client = Client::connect("postgres://localhost/app", NoTls)?;
     /// let mut tx = client.transaction()?;
     /// tx.execute("insert into orders (id) values (7)", &[])?;
     /// queue.push_in(&mut tx, "orders", "7")?;
@@ -372,9 +380,11 @@ impl Queue {
     /// Those of [`pop_timeout`](Self::pop_timeout).
     ///
     /// ```no_run
-    /// # use std::time::Duration;
+    /// use std::time::Duration;
+    /// use pushpop_pg::Queue;
+    ///
     /// # fn main() -> Result<(), pushpop_pg::Error> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+    /// let queue = Queue::connect("postgres://localhost/app")?;
     /// if let Some(lease) = queue.pop_any(&["mail", "fax"], Duration::from_secs(10))? {
     ///     println!("a message of {}", lease.topic());
     ///     lease.complete()?;

@@ -16,8 +16,10 @@ use crate::queue::Queue;
 /// One topic, as its operator sees it: figures, a look at what waits, its settings, dead letters, a purge.
 ///
 /// ```no_run
+/// use pushpop_pg::Queue;
+///
 /// # fn main() -> Result<(), pushpop_pg::Error> {
-/// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+/// let queue = Queue::connect("postgres://localhost/app")?;
 /// let mail = queue.topic("mail");
 /// println!("{} ready", mail.stats()?.ready());
 /// for message in mail.peek(10)? {

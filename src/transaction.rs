@@ -25,8 +25,10 @@ impl Queue {
     /// that was made outside of `work` has the same id, and is pushed once.
     ///
     /// ```no_run
+    /// use pushpop_pg::Queue;
+    ///
     /// # fn main() -> Result<(), pushpop_pg::Error> {
-    /// # let queue = pushpop_pg::Queue::connect("postgres://localhost")?;
+    /// let queue = Queue::connect("postgres://localhost/app")?;
     /// let lease = queue.pop("orders")?;
     /// queue.transaction(|tx| {
     ///     tx.execute("insert into shipped (id) values ($1)", &[&lease.id()])?;

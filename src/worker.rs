@@ -33,7 +33,11 @@ use crate::watch::{Running, Watch};
 /// ```no_run
 /// use pushpop_pg::{Error, Outcome, Queue, Worker};
 ///
-/// # fn send(_: &[u8]) -> Result<(), std::io::Error> { Ok(()) }
+/// fn send(mail: &[u8]) -> Result<(), std::io::Error> {
+///     println!("{} bytes", mail.len());
+///     Ok(())
+/// }
+///
 /// fn main() -> Result<(), Error> {
 ///     let queue = Queue::connect("postgres://localhost/app")?;
 ///     let worker = Worker::new(&queue).handle("mail", 8, |job| {

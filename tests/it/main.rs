@@ -7,6 +7,7 @@ mod connect;
 mod contract;
 mod control;
 mod dead;
+mod documents;
 mod errors;
 mod hands;
 mod heartbeat;
