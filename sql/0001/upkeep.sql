@@ -14,7 +14,9 @@ declare
   stuck boolean;
   count bigint := 0;
 begin
+  -- The clock is read again under the lock, as enqueue asks: not every caller holds it.
   lock table pushpop.messages in row exclusive mode;
+  moment := clock_timestamp();
   select t.reclaimed_to into known from pushpop.topics t where t.topic = reclaim.topic;
   for lease in
     select l.ctid as tid, l.key, l.ids, l.fences from pushpop.leases l

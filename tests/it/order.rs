@@ -227,25 +227,50 @@ fn messages_that_bounce_are_never_hidden() {
     assert!(each.values().all(|times| *times > 20), "{each:?}");
 }
 
+/// A server that takes prepared transactions, with a topic in use, and a transaction that is prepared before it crashes.
+fn crashed_with(world: impl FnOnce(&World, &mut Client)) -> (Server, World, Client) {
+    let mut server = Server::with(&[("max_prepared_transactions", "4")]).unwrap();
+    let made = World::on(&server.url());
+    let mut client = in_use(&made);
+    world(&made, &mut client);
+    upkeep(&made, &mut client);
+    server.kill().unwrap();
+    server.start_again().unwrap();
+    let client = Client::connect(&server.url(), NoTls).unwrap();
+    (server, made, client)
+}
+
 /// After a crash a prepared transaction goes by another name, and was taken for one that had ended.
 #[test]
 fn what_was_prepared_before_a_crash_is_found_once_it_is_committed() {
-    let mut server = Server::with(&[("max_prepared_transactions", "4")]).unwrap();
-    let world = World::on(&server.url());
-    let mut client = in_use(&world);
-    let sender = Uuid::new_v4();
-    let sql = world.sql("select pushed from pushpop.push('t', 'late', sender => $1)");
-    client.batch_execute("begin").unwrap();
-    let id: Uuid = client.query_one(&sql, &[&sender]).unwrap().get(0);
-    client.batch_execute("prepare transaction 'late'").unwrap();
-    upkeep(&world, &mut client);
-    server.kill().unwrap();
-    server.start_again().unwrap();
-    let mut client = Client::connect(&server.url(), NoTls).unwrap();
+    let mut id = None;
+    let (_server, world, mut client) = crashed_with(|world, client| {
+        let sql = world.sql("select pushed from pushpop.push('t', 'late', sender => $1)");
+        client.batch_execute("begin").unwrap();
+        id = Some(client.query_one(&sql, &[&Uuid::new_v4()]).unwrap().get(0));
+        client.batch_execute("prepare transaction 'late'").unwrap();
+    });
     for _ in 0..3 {
         upkeep(&world, &mut client);
         assert!(pop(&world, &mut client).is_none());
     }
     client.batch_execute("commit prepared 'late'").unwrap();
-    is_found(&world, &mut client, id);
+    is_found(&world, &mut client, id.unwrap());
+}
+
+/// Its lease has long ended when the transaction that popped it is committed.
+#[test]
+fn what_was_popped_by_a_prepared_transaction_comes_back() {
+    let mut id = None;
+    let (_server, world, mut client) = crashed_with(|world, client| {
+        id = Some(push(world, client, ""));
+        upkeep(world, client);
+        let pop = world.sql("select from pushpop.pop('t', lease => 1)");
+        client.batch_execute(&format!("begin; {pop}; prepare transaction 'popped'")).unwrap();
+    });
+    thread::sleep(Duration::from_millis(2500));
+    upkeep(&world, &mut client);
+    assert!(pop(&world, &mut client).is_none(), "it is not committed");
+    client.batch_execute("commit prepared 'popped'").unwrap();
+    until("it comes back", || pop(&world, &mut client).map(|message| message.0) == id);
 }
