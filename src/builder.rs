@@ -210,12 +210,15 @@ impl Builder {
         self
     }
 
-    /// The SQL that installs the schema, for those who migrate by other means. Run it once, as the
-    /// role that is to own the schema, in a database that has none of it.
+    /// Returns the SQL that installs the schema or brings it up to date, for those who migrate by other means. Run it
+    /// as the role that is to own the schema, with each release. What is there already is left alone, but for
+    /// the rights: everyone loses what a restore without privileges may have given them.
+    ///
+    /// Default: none; [`connect`](Self::connect) does the same. It waits up to 2 s for transactions that use the tables.
     ///
     /// ```
     /// let sql = pushpop_pg::Queue::builder().schema("jobs").install_sql();
-    /// assert!(sql.contains("create schema if not exists \"jobs\""));
+    /// assert!(sql.contains("create schema \"jobs\""));
     /// ```
     pub fn install_sql(&self) -> String {
         Schema::new(&self.schema).install_sql()
@@ -326,20 +329,24 @@ impl Builder {
         self.max_attempts.map_or(Ok(()), limits::max_attempts)
     }
 
-    /// What every new session is told.
+    /// What every new session is told: nothing that a role or a database sets may end an idle connection, make a call
+    /// fail, or take the time of just-in-time compilation.
     fn greeting(&self) -> String {
         let millis = |time: Duration| time.as_millis().clamp(1, 2_000_000_000);
+        // The time-outs first: those of the role may be shorter than this takes.
         format!(
-            "set default_transaction_isolation = 'read committed';
-             set statement_timeout = {};
+            "set statement_timeout = {};
              set lock_timeout = {};
+             set default_transaction_isolation = 'read committed';
+             set jit = off;
              set client_min_messages = warning;
              set tcp_keepalives_idle = 30;
              set tcp_keepalives_interval = 10;
              set tcp_keepalives_count = 3;
              set pushpop_pg.max_payload = {};
-             select pg_catalog.set_config(name, '10s', false) from pg_catalog.pg_settings
-             where name = 'client_connection_check_interval'",
+             select pg_catalog.set_config(s.name, v.value, false)
+             from pg_catalog.pg_settings s, (values ('client_connection_check_interval', '10s'), ('idle_session_timeout', '0')) v(name, value)
+             where s.name operator(pg_catalog.=) v.name",
             millis(self.operation_timeout),
             millis((self.operation_timeout / 4).min(Duration::from_secs(2))),
             self.max_payload,
@@ -366,10 +373,15 @@ impl Builder {
         let deadline = Instant::now() + self.connect_timeout * 4 + self.operation_timeout;
         let mut client = route.connect(deadline)?;
         let (schema, migrate) = (schema.clone(), self.migrate);
+        // What it warns of reaches those who listen on this thread, too.
+        let listens = tracing::dispatcher::get_default(Clone::clone);
         crate::link::within(deadline, "pushpop-migrate", move || {
-            let prepared = schema.prepare(&mut client, migrate).map(|()| asks && is_plain(&mut client));
-            bury(client);
-            prepared
+            tracing::dispatcher::with_default(&listens, || {
+                let prepared = schema.prepare(&mut client, migrate, deadline);
+                let prepared = prepared.map(|()| asks && is_plain(&mut client));
+                bury(client);
+                prepared
+            })
         })
     }
 }

@@ -70,6 +70,8 @@ impl Calls {
         // Which slice of the arrays is for which topic.
         let slices = "rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
                       g(topic, first, last)";
+        // Operators are looked up by the session's search path, unless they are qualified.
+        let before = "g.first operator(pg_catalog.-) 1 operator(pg_catalog.+) ";
         let figures = "at, ready, delayed, leased, settled, dead, oldest_ready_at, paused, \
                        upkept_at, upkeep_seconds, upkeep_rows";
         Calls {
@@ -106,7 +108,7 @@ impl Calls {
             push_topics: call(
                 "push_topics",
                 &format!(
-                    "select g.first - 1 + p.place from {slices}, \
+                    "select {before}p.place from {slices}, \
                      pushpop.push_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
                      $7[g.first : g.last], ($8::pg_catalog.text[]::pg_catalog.jsonb[])[g.first : g.last], \
                      $9[g.first : g.last], $10, $11) p(place)"
@@ -135,7 +137,7 @@ impl Calls {
                 &format!(
                     "select {popped}, g.part \
                      from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
-                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $4) where g.max > 0"
+                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $4) where g.max operator(pg_catalog.>) 0"
                 ),
                 &[Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::FLOAT8_ARRAY, Type::FLOAT8],
             ),
@@ -160,7 +162,7 @@ impl Calls {
             settle_topics: call(
                 "settle_topics",
                 &format!(
-                    "select g.first - 1 + s.place, s.result, s.lease_until from {slices}, \
+                    "select {before}s.place, s.result, s.lease_until from {slices}, \
                      pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
                      $7[g.first : g.last], $8[g.first : g.last], $9, true) s"
                 ),
@@ -185,7 +187,7 @@ impl Calls {
                      null::pg_catalog.int8 as fence, null::pg_catalog.timestamptz as pushed_at, \
                      null::pg_catalog.timestamptz as ready_at, null::pg_catalog.text[] as failures, \
                      null::pg_catalog.timestamptz as asked_at, \
-                     null::pg_catalog.int8 as part, g.first - 1 + s.place as place, s.result \
+                     null::pg_catalog.int8 as part, {before}s.place as place, s.result \
                      from {slices}, \
                      pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
                      $7[g.first : g.last], $8[g.first : g.last], $9, true) s \
@@ -193,7 +195,7 @@ impl Calls {
                      select {popped}, g.part, null, null \
                      from rows from (pg_catalog.unnest($1), pg_catalog.unnest($10), pg_catalog.unnest($11)) \
                      with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $12) \
-                     where g.max > 0"
+                     where g.max operator(pg_catalog.>) 0"
                 ),
                 &[
                     Type::TEXT_ARRAY,

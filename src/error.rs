@@ -112,6 +112,19 @@ impl Error {
         self
     }
 
+    /// Says what it comes down to, before the server's own words.
+    pub(crate) fn explained(self, words: impl fmt::Display) -> Self {
+        let kind = self.0.kind;
+        self.explained_as(kind, words)
+    }
+
+    /// The same, as another kind.
+    pub(crate) fn explained_as(self, kind: ErrorKind, words: impl fmt::Display) -> Self {
+        let mut new = Error::new(kind, format!("{words}: {}", self.0.message));
+        new.0.sqlstate = self.0.sqlstate.clone();
+        new.caused_by(self)
+    }
+
     /// Adds what was being done, unless that is known already.
     pub(crate) fn during(mut self, operation: &'static str, topic: Option<&str>) -> Self {
         if self.0.operation.is_none() {

@@ -83,8 +83,11 @@
 //!
 //! A session is told `statement_timeout` (the operation time-out), `lock_timeout` (a quarter of it, at most
 //! 2 s), `default_transaction_isolation = 'read committed'`, `client_min_messages`, and the server's
-//! keepalives, so that a client that vanished holds no locks for long. Within [`Queue::transaction`] both
-//! time-outs are off. Behind a pooler in transaction mode nothing of this is set.
+//! keepalives, so that a client that vanished holds no locks for long. `idle_session_timeout` is off, as pooled
+//! connections are idle by nature, and so is `jit`. Within [`Queue::transaction`] both
+//! time-outs are off, and `jit` is as the role has it. Behind a pooler in transaction mode nothing of this is set.
+//! No other setting of a role or a database changes what the queue does; but where transactions are read-only by
+//! default nothing can be pushed, which is what such a setting is for.
 //!
 //! # How are messages handled by a worker?
 //!
@@ -352,8 +355,11 @@
 //! # How are schema and crate versions kept together?
 //!
 //! [`Queue::connect`] installs the schema or brings it up to date, under a lock, so that any number of
-//! processes may start at once. Those who migrate by other means run [`Builder::install_sql`] and say
-//! [`migrate(false)`](Builder::migrate).
+//! processes may start at once. Those who migrate by other means run [`Builder::install_sql`], for each release
+//! again, and say [`migrate(false)`](Builder::migrate).
+//!
+//! A migration waits for transactions that use the tables, without holding up those that push and pop meanwhile.
+//! [`Queue::connect`] warns of what it waits for; if it takes too long, the error names it by pid and application.
 //!
 //! The schema records its version and the oldest release of this crate that it still serves. So in a
 //! rolling upgrade the first new process migrates, and the old ones go on. A crate accepts a newer schema
@@ -407,6 +413,7 @@ mod slot;
 mod span;
 mod stopping;
 mod task;
+mod text;
 #[cfg(feature = "rustls")]
 mod tls;
 mod topic;

@@ -1,11 +1,19 @@
 //! The schema: its migrations, its version, and who may use it.
 
-use postgres::types::Type;
-use postgres::{Client, Transaction};
+mod found;
+mod migrate;
+#[cfg(test)]
+mod tests;
+
+use std::time::Instant;
+
+use postgres::Client;
 
 use crate::error::{Error, ErrorKind, Result};
+use found::Found;
 
 /// A step of the schema's history. Its files are run in this order, in one transaction.
+#[derive(Clone, Copy)]
 struct Migration {
     version: i32,
     /// The oldest release of this crate that works with the schema afterwards.
@@ -29,21 +37,36 @@ const MIGRATIONS: &[Migration] = &[Migration {
         include_str!("../sql/0001/control.sql"),
         include_str!("../sql/0001/views.sql"),
         include_str!("../sql/0001/text.sql"),
-        include_str!("../sql/0001/rights.sql"),
+        RIGHTS,
     ],
 }];
+
+/// Who may do what; run again where rights were lost.
+const RIGHTS: &str = include_str!("../sql/0001/rights.sql");
+
+/// What a script or a migration says first. Nothing of its own session, role or database may change what it makes, or
+/// end it half-way: names are bound to nothing of the installer's, tables are of the usual kind, and no time-out but
+/// that for locks holds, so that nobody queues behind it for long.
+const SETTINGS: &str = "set local search_path = pg_catalog, pg_temp;
+set local statement_timeout = 0;
+set local idle_in_transaction_session_timeout = 0;
+set local lock_timeout = '2s';
+set local default_table_access_method = heap;
+do $$ begin perform set_config(s.name, '0', true) from pg_settings s where s.name = 'transaction_timeout'; end $$;
+";
 
 const CRATE: &str = env!("CARGO_PKG_VERSION");
 
 /// The name of a schema, and what depends on it.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Schema {
     name: String,
+    migrations: &'static [Migration],
 }
 
 impl Schema {
     pub(crate) fn new(name: &str) -> Self {
-        Schema { name: name.to_owned() }
+        Schema { name: name.to_owned(), migrations: MIGRATIONS }
     }
 
     pub(crate) fn identifier(&self) -> String {
@@ -51,9 +74,7 @@ impl Schema {
     }
 
     fn literal(&self) -> String {
-        // With a backslash a plain literal would depend on standard_conforming_strings.
-        let escaped = self.name.replace('\'', "''").replace('\\', "\\\\");
-        if self.name.contains('\\') { format!("e'{escaped}'") } else { format!("'{escaped}'") }
+        literal(&self.name)
     }
 
     /// The files are written for a schema named pushpop, and run as they are by psql.
@@ -85,20 +106,51 @@ impl Schema {
         text + rest
     }
 
-    /// Everything as one script, for those who migrate by other means.
+    /// Everything as one script, for those who migrate by other means. Run again it does what is missing, and restores
+    /// the rights.
     pub(crate) fn install_sql(&self) -> String {
-        let mut script = format!("begin;\n\ncreate schema if not exists {};\n", self.identifier());
-        for migration in MIGRATIONS {
-            script.push('\n');
-            script.push_str(&self.migration_sql(migration));
+        let (identifier, name) = (self.identifier(), self.literal());
+        // Not `create schema if not exists`: that takes a right on the database even where it exists.
+        let mut script = format!(
+            "begin;
+{SETTINGS}
+do $pushpop$
+declare
+  installed integer := 0;
+begin
+  if not exists (select from pg_namespace n where n.nspname = {name}) then
+    create schema {identifier};
+  end if;
+  if exists (select from pg_class c join pg_namespace n on n.oid = c.relnamespace
+             where n.nspname = {name} and c.relname = 'migrations') then
+    select max(m.version) into installed from {identifier}.migrations m;
+    if installed is null then
+      raise exception using errcode = 'object_not_in_prerequisite_state', message = {};
+    end if;
+  end if;
+",
+            literal(&self.empty())
+        );
+        for migration in self.migrations {
+            script.push_str(&format!(
+                "\n  if installed < {} then\n    execute $migration$\n{}$migration$;\n  end if;\n",
+                migration.version,
+                self.migration_sql(migration)
+            ));
         }
-        script.push_str("\ncommit;\n");
+        script.push_str(&format!("end\n$pushpop$;\n\n{}\ncommit;\n", self.localize(RIGHTS)));
         script
     }
 
+    /// The names of the functions that the migrations make.
+    fn functions(&self) -> Vec<&'static str> {
+        let lines = self.migrations.iter().flat_map(|m| m.files).flat_map(|file| file.lines());
+        let named = lines.filter_map(|line| line.strip_prefix("create ")?.split_once("function pushpop."));
+        named.filter_map(|(_, rest)| rest.split('(').next()).collect()
+    }
+
     fn migration_sql(&self, migration: &Migration) -> String {
-        // Views and defaults are bound when they are made: to nothing of the installer's own.
-        let mut sql = String::from("set local search_path = pg_catalog, pg_temp;\n\n");
+        let mut sql = String::new();
         for file in migration.files {
             sql.push_str(&self.localize(file));
             sql.push('\n');
@@ -112,88 +164,42 @@ impl Schema {
         sql
     }
 
-    /// Brings the schema up to date if `migrate` says so, and makes sure that it serves this crate.
-    pub(crate) fn prepare(&self, client: &mut Client, migrate: bool) -> Result<()> {
-        if self.check(self.version(client)?)? {
-            return Ok(());
-        }
-        if !migrate {
-            return Err(Error::new(
-                ErrorKind::Schema,
-                format!(
-                    "schema {:?} has not been installed or is older than this crate, and migrate(false) was said; \
-                     run what Builder::install_sql() returns",
-                    self.name
-                ),
-            ));
-        }
-        self.migrate(client)
-    }
-
-    fn migrate(&self, client: &mut Client) -> Result<()> {
-        let mut tx = client.transaction()?;
-        // However long another process takes: the caller has a deadline of its own.
-        tx.batch_execute("set local lock_timeout = 0; set local statement_timeout = 0")?;
-        // One at a time: concurrent `create .. if not exists` collide in the catalogs.
-        tx.query_typed(
-            "select pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtextextended($1, 5706))",
-            &[(&self.name, Type::TEXT)],
-        )?;
-        let found = self.version(&mut tx)?;
-        if self.check(found.clone())? {
-            return Ok(());
-        }
-        let installed = found.map_or(0, |version| version.0);
-        for migration in MIGRATIONS.iter().filter(|m| m.version > installed) {
-            self.apply(&mut tx, migration).map_err(|e| self.explain(e))?;
-        }
-        tx.commit()?;
-        tracing::info!(schema = %self.name, "installed or migrated the schema");
-        Ok(())
-    }
-
-    fn apply(&self, tx: &mut Transaction<'_>, migration: &Migration) -> Result<()> {
-        if migration.version == 1 {
-            let sql = "select from pg_catalog.pg_namespace where nspname = $1";
-            if tx.query_typed(sql, &[(&self.name, Type::TEXT)])?.is_empty() {
-                tx.batch_execute(&format!("create schema {}", self.identifier()))?;
+    /// Brings the schema up to date if `migrate` says so, makes sure that it serves this crate, and warns of what is
+    /// wrong beside that.
+    pub(crate) fn prepare(&self, client: &mut Client, migrate: bool, deadline: Instant) -> Result<()> {
+        let (mut found, version) = self.look(client)?;
+        if !self.is_current(version)? {
+            if !migrate {
+                return Err(Error::new(
+                    ErrorKind::Schema,
+                    format!(
+                        "schema {:?} has not been installed or is older than this crate, and migrate(false) was said; \
+                         run what Builder::install_sql() returns",
+                        self.name
+                    ),
+                ));
+            }
+            self.migrate(client, deadline)?;
+        } else if migrate && found.is_open && found.may_revoke {
+            match self.restore_rights(client) {
+                Ok(()) => found.is_open = false,
+                Err(e) => tracing::warn!(schema = %self.name, "the rights were not restored: {e}"),
             }
         }
-        tx.batch_execute(&self.migration_sql(migration))?;
+        found.warn(&self.name);
         Ok(())
     }
 
-    fn explain(&self, error: Error) -> Error {
-        if error.kind() != ErrorKind::Denied {
-            return error;
-        }
-        Error::new(
-            ErrorKind::Denied,
-            format!(
-                "this role may not create the schema {:?}; have its owner run what Builder::install_sql() returns, \
-                 or grant this role the right: grant create on database .. to ..",
-                self.name
-            ),
-        )
-        .caused_by(error)
-    }
-
-    /// The version of the schema and the oldest crate that it serves, if it is installed.
-    fn version(&self, client: &mut impl postgres::GenericClient) -> Result<Option<(i32, String)>> {
-        // Typed, so that no statement has a name: a pooler may have another session for the next message.
-        let installed =
-            "select from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-                         where n.nspname = $1 and c.relname = 'migrations'";
-        if client.query_typed(installed, &[(&self.name, Type::TEXT)])?.is_empty() {
-            return Ok(None);
-        }
-        let version = format!("select version, oldest_crate from {}.schema_version()", self.identifier());
-        let rows = client.query_typed(&version, &[])?;
-        Ok(rows.first().map(|row| (row.get(0), row.get(1))))
+    /// What there is, and the version with the oldest crate that it serves, if it is installed.
+    fn look(&self, client: &mut Client) -> Result<(Found, Option<(i32, String)>)> {
+        let mut tx = migrate::begin(client)?;
+        let found = Found::look(&mut tx, self)?;
+        let version = self.version(&mut tx, &found)?;
+        Ok((found, version))
     }
 
     /// Whether the schema is as new as this crate needs it; an error if it does not serve it.
-    fn check(&self, found: Option<(i32, String)>) -> Result<bool> {
+    fn is_current(&self, found: Option<(i32, String)>) -> Result<bool> {
         let Some((version, oldest)) = found else {
             return Ok(false);
         };
@@ -206,7 +212,17 @@ impl Schema {
                 ),
             ));
         }
-        Ok(MIGRATIONS.iter().all(|m| m.version <= version))
+        Ok(self.migrations.iter().all(|m| m.version <= version))
+    }
+
+    /// What to say of a schema whose version is not known.
+    fn empty(&self) -> String {
+        let last = self.migrations.last().map_or((0, CRATE), |last| (last.version, last.oldest_crate));
+        format!(
+            "schema {:?} has no version: its table migrations is empty, as after a dump without data or a truncate of \
+             all tables; insert the row again, which of this release is ({}, '{}'), or drop the schema",
+            self.name, last.0, last.1
+        )
     }
 }
 
@@ -214,4 +230,11 @@ impl Schema {
 fn release(text: &str) -> Vec<u64> {
     let core = text.split(['-', '+']).next().unwrap_or_default();
     core.split('.').map(|part| part.parse().unwrap_or_default()).collect()
+}
+
+/// Text as SQL takes it.
+fn literal(text: &str) -> String {
+    // With a backslash a plain literal would depend on standard_conforming_strings.
+    let escaped = text.replace('\'', "''").replace('\\', "\\\\");
+    if text.contains('\\') { format!("e'{escaped}'") } else { format!("'{escaped}'") }
 }

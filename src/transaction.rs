@@ -73,7 +73,9 @@ fn run<R>(
 ) -> Result<R> {
     let mut tx = client.transaction()?;
     if has_session {
-        tx.batch_execute("set local statement_timeout = 0; set local lock_timeout = 0")?;
+        tx.batch_execute(
+            "set local statement_timeout = 0; set local lock_timeout = 0; set local jit to default",
+        )?;
     }
     let value = work(&mut tx)?;
     // The driver's commit returns Ok for a transaction that a failed statement had aborted.

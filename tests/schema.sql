@@ -649,10 +649,9 @@ declare
   start   timestamptz;
   alive   timestamptz;
 begin
-  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
-    return;
+  if "pushpop".sees_all() then
+    known := "pushpop".lock_topic(note_look.topic);
   end if;
-  known := "pushpop".lock_topic(note_look.topic);
   if known.topic is null then
     return;
   end if;
@@ -702,6 +701,7 @@ $$;
 CREATE FUNCTION pushpop.pause(topic text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     AS $$
 #variable_conflict use_column
@@ -992,6 +992,7 @@ $$;
 CREATE FUNCTION pushpop.push(topic text, payload bytea, id uuid DEFAULT NULL::uuid, delay double precision DEFAULT NULL::double precision, ready_at timestamp with time zone DEFAULT NULL::timestamp with time zone, headers jsonb DEFAULT NULL::jsonb, max_attempts integer DEFAULT NULL::integer, sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25, OUT pushed uuid, OUT duplicate boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     AS $$
 #variable_conflict use_column
@@ -1052,6 +1053,7 @@ $$;
 CREATE FUNCTION pushpop.push_many(topic text, ids uuid[], payloads bytea[], delays double precision[] DEFAULT NULL::double precision[], ready_ats timestamp with time zone[] DEFAULT NULL::timestamp with time zone[], headers jsonb[] DEFAULT NULL::jsonb[], max_attempts integer[] DEFAULT NULL::integer[], sender uuid DEFAULT NULL::uuid, fallback integer DEFAULT 25) RETURNS SETOF integer
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     SET plan_cache_mode TO 'force_generic_plan'
     AS $$
@@ -1184,7 +1186,9 @@ declare
   stuck boolean;
   count bigint := 0;
 begin
+  -- The clock is read again under the lock, as enqueue asks: not every caller holds it.
   lock table "pushpop".messages in row exclusive mode;
+  moment := clock_timestamp();
   select t.reclaimed_to into known from "pushpop".topics t where t.topic = reclaim.topic;
   for lease in
     select l.ctid as tid, l.key, l.ids, l.fences from "pushpop".leases l
@@ -1354,6 +1358,7 @@ $$;
 CREATE FUNCTION pushpop.resume(topic text) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     AS $$
 #variable_conflict use_column
@@ -1408,6 +1413,11 @@ CREATE FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate tex
     AS $$
   select m.version, m.oldest_crate from "pushpop".migrations m order by m.version desc limit 1
 $$;
+CREATE FUNCTION pushpop.sees_all() RETURNS boolean
+    LANGUAGE sql STABLE
+    AS $$
+  select current_setting('transaction_isolation') not in ('repeatable read', 'serializable')
+$$;
 CREATE FUNCTION pushpop.set_aside(topic text, ids uuid[], fences bigint[], moment timestamp with time zone) RETURNS void
     LANGUAGE plpgsql
     AS $$
@@ -1438,6 +1448,7 @@ $$;
 CREATE FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) RETURNS void
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     AS $$
 #variable_conflict use_column
@@ -2001,6 +2012,7 @@ $$;
 CREATE FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OUT lease double precision, OUT max_attempts integer, OUT backoff_first double precision, OUT backoff_most double precision) RETURNS record
     LANGUAGE plpgsql STABLE SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     AS $$
 #variable_conflict use_column
@@ -2081,13 +2093,13 @@ begin
       upkeep_rows = t.upkeep_rows + counted + returned,
       cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
-      deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
-      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', known.sure_to, (
+      deleted_to = case when want > 0 and "pushpop".sees_all() then moment - interval '1 second' else known.deleted_to end,
+      reclaimed_to = greatest(known.reclaimed_to, case when "pushpop".sees_all() then least(moment - interval '1 second', known.sure_to, (
         select l.lease_until from "pushpop".leases l
         -- Only so far: what was deleted lies ahead for as long as a lease, and under an old snapshot it would be stepped over.
         where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
           and l.lease_until <= moment
-        order by l.lease_until limit 1)))
+        order by l.lease_until limit 1)) end)
   where t.topic = upkeep.topic;
   return counted;
 end
@@ -2095,6 +2107,7 @@ $$;
 CREATE FUNCTION pushpop.upkeep_due(max integer DEFAULT 100, after text DEFAULT ''::text) RETURNS SETOF text
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
     SET enable_seqscan TO 'off'
     SET enable_bitmapscan TO 'off'
     AS $$
@@ -2408,6 +2421,7 @@ REVOKE ALL ON FUNCTION pushpop.reschedule(topic text, id uuid, delay double prec
 REVOKE ALL ON FUNCTION pushpop.resume(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.revive(topic text, ids uuid[], locked tid[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.schema_version(OUT version integer, OUT oldest_crate text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.sees_all() FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.set_aside(topic text, ids uuid[], fences bigint[], moment timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.set_topic(topic text, lease double precision, max_attempts integer, backoff_first double precision, backoff_most double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.settle_done(topic text, ids uuid[], tokens bytea[], outcome text, moment timestamp with time zone, keep double precision, tidy boolean) FROM PUBLIC;

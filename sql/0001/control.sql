@@ -6,6 +6,7 @@
 create function pushpop.pause(topic text) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 as $body$
 #variable_conflict use_column
@@ -24,6 +25,7 @@ $body$;
 create function pushpop.resume(topic text) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 as $body$
 #variable_conflict use_column
@@ -55,6 +57,7 @@ create function pushpop.set_topic(
 ) returns void
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 as $body$
 #variable_conflict use_column
@@ -91,6 +94,7 @@ create function pushpop.topic_settings(
 )
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 as $body$
 #variable_conflict use_column

@@ -95,6 +95,14 @@ begin
 end
 $body$;
 
+-- Whether each statement sees all that was committed before it. No mark moves where that is not so: it could pass what
+-- was committed after the transaction's own snapshot.
+create function pushpop.sees_all() returns boolean
+language sql stable
+as $body$
+  select current_setting('transaction_isolation') not in ('repeatable read', 'serializable')
+$body$;
+
 -- Once a minute a pop that finds nothing looks at everything, and the next one moves the mark anew: nothing is lost
 -- even if that was wrong.
 create function pushpop.begin_sweep(topic text, moment timestamptz, swept_at timestamptz) returns boolean
@@ -148,10 +156,9 @@ declare
   start   timestamptz;
   alive   timestamptz;
 begin
-  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
-    return;
+  if pushpop.sees_all() then
+    known := pushpop.lock_topic(note_look.topic);
   end if;
-  known := pushpop.lock_topic(note_look.topic);
   if known.topic is null then
     return;
   end if;

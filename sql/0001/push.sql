@@ -132,6 +132,7 @@ create function pushpop.push(
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 as $body$
 #variable_conflict use_column
@@ -207,6 +208,7 @@ create function pushpop.push_many(
 ) returns setof integer
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set plan_cache_mode = force_generic_plan
 as $body$

@@ -1,7 +1,7 @@
 -- Payloads as text, for other languages: what a client sends without naming its type is text, and arrives as it was sent.
 --
 -- push and push_many have a form for each type of payload: bytea, text and jsonb. PostgreSQL reads a string of unknown type as
--- text where a function has such a form. Without it such a string would be read in the notation of bytea, in which \x41 is an A.
+-- text where a function has such a form. Without it such a string would be read in the notation of bytea, in which a backslash begins an escape.
 -- Other functions have one form each: two that differ in another type than this would leave it to chance which one is called.
 
 create function pushpop.push(

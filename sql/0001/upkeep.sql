@@ -137,13 +137,13 @@ begin
       upkeep_rows = t.upkeep_rows + counted + returned,
       cleared_at = known.cleared_at,
       -- A second of grace: what is due now may still be uncommitted.
-      deleted_to = case when want > 0 then moment - interval '1 second' else known.deleted_to end,
-      reclaimed_to = greatest(known.reclaimed_to, least(moment - interval '1 second', known.sure_to, (
+      deleted_to = case when want > 0 and pushpop.sees_all() then moment - interval '1 second' else known.deleted_to end,
+      reclaimed_to = greatest(known.reclaimed_to, case when pushpop.sees_all() then least(moment - interval '1 second', known.sure_to, (
         select l.lease_until from pushpop.leases l
         -- Only so far: what was deleted lies ahead for as long as a lease, and under an old snapshot it would be stepped over.
         where l.topic = upkeep.topic and l.lease_until >= known.reclaimed_to and l.lease_until > '-infinity'
           and l.lease_until <= moment
-        order by l.lease_until limit 1)))
+        order by l.lease_until limit 1)) end)
   where t.topic = upkeep.topic;
   return counted;
 end
@@ -154,6 +154,7 @@ $body$;
 create function pushpop.upkeep_due(max integer default 100, after text default '') returns setof text
 language sql volatile security definer
 set search_path = pg_catalog, pg_temp
+set jit = off
 set enable_seqscan = off
 set enable_bitmapscan = off
 as $body$

@@ -11,6 +11,7 @@ mod documents;
 mod errors;
 mod hands;
 mod heartbeat;
+mod hostile;
 #[cfg(feature = "json")]
 mod json;
 mod languages;

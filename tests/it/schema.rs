@@ -97,7 +97,7 @@ fn hostile_names() -> Vec<String> {
 }
 
 /// Every function of the schema, by way of the queue.
-fn use_everything(queue: &Queue, other: &Queue) {
+pub(crate) fn use_everything(queue: &Queue, other: &Queue) {
     queue.push("t", NewMessage::new("a").header("k", "v")).unwrap();
     queue.push_many("t", ["b", "c", "d", "e", "f", "g"]).unwrap();
     let mut lease = pop(queue, "t");

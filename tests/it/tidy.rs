@@ -76,6 +76,15 @@ fn no_star_reaches_a_client() {
     }
 }
 
+/// What it means depends on `standard_conforming_strings`, which a role may have turned off.
+#[test]
+fn no_literal_has_a_backslash() {
+    for file in files("sql").iter().filter(|f| f.ends_with(".sql")) {
+        assert!(!read(file).contains('\\'), "{file}");
+    }
+    assert!(!Queue::builder().install_sql().contains('\\'));
+}
+
 /// A predicate with it is a filter, not an index condition: it is volatile.
 #[test]
 fn no_predicate_reads_the_clock() {

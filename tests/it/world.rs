@@ -9,7 +9,7 @@ use postgres::{Client, Config, NoTls};
 use pushpop_pg::{Builder, Lease, Queue, Stats, uuid::Uuid};
 use pushpop_server::Server;
 
-use crate::{pooler, spans};
+use crate::{hostile, pooler, spans};
 
 /// How long something may take that takes a moment on a machine that is not busy.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
@@ -19,7 +19,7 @@ pub(crate) fn url() -> &'static str {
     static URL: OnceLock<String> = OnceLock::new();
     URL.get_or_init(|| match std::env::var("PUSHPOP_TEST_DATABASE_URL") {
         Ok(url) if !url.is_empty() => url,
-        _ => Server::shared().url(),
+        _ => hostile::url().unwrap_or_else(|| Server::shared().url()),
     })
 }
 
