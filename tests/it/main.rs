@@ -12,6 +12,7 @@ mod errors;
 mod hands;
 mod heartbeat;
 mod hostile;
+mod install;
 #[cfg(feature = "json")]
 mod json;
 mod languages;
