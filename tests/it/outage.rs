@@ -546,7 +546,7 @@ fn a_transaction_whose_connection_breaks_is_an_error() {
         .transaction(|tx| {
             queue.push_in(tx, "t", "m")?;
             let pid: i32 = tx.query_one("select pg_backend_pid()", &[])?.get(0);
-            world.client().execute("select pg_terminate_backend($1)", &[&pid]).unwrap();
+            world.client().execute("select pg_terminate_backend($1::int)", &[&pid]).unwrap();
             Ok(())
         })
         .unwrap_err();

@@ -175,7 +175,7 @@ fn one_that_dies_in_the_middle_leaves_everything_to_the_next() {
         });
         client.batch_execute("set statement_timeout = '10s'").unwrap();
         assert_eq!(upkeep(&world, &mut client), 0, "one at a time");
-        client.execute("select pg_terminate_backend($1)", &[&pid]).unwrap();
+        client.execute("select pg_terminate_backend($1::int)", &[&pid]).unwrap();
         assert!(dies.join().unwrap());
         // Its client knows of it before its locks are gone.
         until("it is gone", || {

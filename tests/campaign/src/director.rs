@@ -368,7 +368,7 @@ impl<'a> Director<'a> {
         let pids: Vec<i32> = client.query(sql, &[])?.iter().map(|row| row.get(0)).collect();
         let Some(pid) = pids.get(self.chance.place(pids.len())).copied() else { return Ok(()) };
         if how == "terminate" {
-            client.execute("select pg_terminate_backend($1)", &[&pid])?;
+            client.execute("select pg_terminate_backend($1::int)", &[&pid])?;
         } else {
             drop(client);
             signal("KILL", u32::try_from(pid)?)?;
