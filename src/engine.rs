@@ -314,13 +314,14 @@ impl Engine {
         while state.in_use >= self.settings.pool_size {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::new(ErrorKind::Timeout, "no connection became free"));
+                return Err(state.no_room("no connection became free", self.settings.pool_size));
             }
             state.outside_waits += 1;
             state = self.work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
             state.outside_waits -= 1;
         }
         state.in_use += 1;
+        state.lent += 1;
         drop(state);
         let borrowed = self.link().map(|link| Borrowed { engine: Arc::clone(self), link });
         if borrowed.is_err() {
@@ -332,10 +333,38 @@ impl Engine {
     fn give_back(self: &Arc<Self>) {
         let mut state = lock(&self.state);
         state.in_use -= 1;
+        state.lent -= 1;
         self.work.notify_all();
         if state.has_work() {
             let _ = self.start(&mut state);
         }
+    }
+
+    /// Waits for an answer, and says how it ended.
+    pub(crate) fn wait<T>(&self, slot: &Slot<T>, deadline: Option<Instant>) -> Result<T> {
+        match slot.wait(deadline) {
+            Waited::Done(result) => result,
+            Waited::Unsent(Some(error)) => Err(error),
+            Waited::Unsent(None) => {
+                Err(lock(&self.state).no_room("the call was not begun in time", self.settings.pool_size))
+            }
+            Waited::Unknown => {
+                Err(Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true))
+            }
+        }
+    }
+}
+
+impl State {
+    /// The error of a call that no connection became free for.
+    fn no_room(&self, what: &str, pool_size: usize) -> Error {
+        let mut text = what.to_owned();
+        if self.lent >= pool_size {
+            text.push_str(&format!(
+                ": the whole pool of {pool_size} is in transactions; use push_in and complete_in there, or a larger pool_size"
+            ));
+        }
+        Error::new(ErrorKind::Timeout, text)
     }
 }
 
@@ -348,17 +377,5 @@ pub(crate) struct Borrowed {
 impl Drop for Borrowed {
     fn drop(&mut self) {
         self.engine.give_back();
-    }
-}
-
-/// Waits for an answer, and says how it ended.
-pub(crate) fn wait<T>(slot: &Slot<T>, deadline: Option<Instant>) -> Result<T> {
-    match slot.wait(deadline) {
-        Waited::Done(result) => result,
-        Waited::Unsent(Some(error)) => Err(error),
-        Waited::Unsent(None) => Err(Error::new(ErrorKind::Timeout, "the call was not begun in time")),
-        Waited::Unknown => {
-            Err(Error::new(ErrorKind::Timeout, "the server did not answer in time").indeterminate(true))
-        }
     }
 }

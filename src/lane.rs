@@ -170,6 +170,8 @@ pub(crate) struct State {
     pub(crate) spinning: usize,
     /// Connections that fly, or that a caller's transaction has.
     pub(crate) in_use: usize,
+    /// Those of them that a caller's transaction has.
+    pub(crate) lent: usize,
     pub(crate) outside_waits: usize,
     pub(crate) used: HashMap<Arc<str>, Used>,
     /// The topic up to which upkeep of all topics has come.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::builder::Builder;
 use crate::calls::{Grant, Settle, Verb, Verdict};
-use crate::engine::{Engine, wait};
+use crate::engine::Engine;
 use crate::error::{Error, Result, SettleError};
 use crate::lane::{PopJob, PushJob, SettleJob};
 use crate::lease::Lease;
@@ -64,7 +64,7 @@ impl Handle {
     pub(crate) fn settle(&self, topic: &str, settles: Vec<Settle>) -> Result<Vec<Verdict>> {
         let (slot, deadline) = (Arc::new(Slot::new()), self.deadline());
         self.engine.settle(topic, SettleJob { settles, unwanted: false, slot: Arc::clone(&slot) })?;
-        wait(&slot, Some(deadline))
+        self.engine.wait(&slot, Some(deadline))
     }
 
     /// Settles a lease in a caller's transaction, on its thread.
@@ -214,7 +214,7 @@ impl Queue {
         }
         let (slot, deadline) = (Arc::new(Slot::new()), self.handle.deadline());
         self.engine().push(topic, PushJob { messages, bytes, slot: Arc::clone(&slot) })?;
-        wait(&slot, Some(deadline))
+        self.engine().wait(&slot, Some(deadline))
     }
 
     /// Checks messages against the limits, and returns the bytes they have together.
@@ -301,7 +301,7 @@ impl Queue {
 
     fn pop_once(&self, topic: &str, max: usize) -> Result<Vec<Lease>> {
         let slot = self.ask(topic, max, false)?;
-        wait(&slot, Some(self.handle.deadline())).map(|grants| self.leases(grants))
+        self.engine().wait(&slot, Some(self.handle.deadline())).map(|grants| self.leases(grants))
     }
 
     /// Pops the oldest message that is ready, and waits for one if there is none, for as long as it

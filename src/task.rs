@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use crate::engine::{Engine, wait};
+use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::lane::Task;
 use crate::link::Link;
@@ -51,6 +51,6 @@ impl Queue {
             slot: Arc::clone(&slot),
             deadline,
         }))?;
-        wait(&slot, Some(deadline))
+        engine.wait(&slot, Some(deadline))
     }
 }

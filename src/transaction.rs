@@ -14,7 +14,8 @@ impl Queue {
     ///
     /// Runs on the caller's thread, with a connection of the pool, for which it waits up to the
     /// operation time-out. The statements themselves have no time-out. As long as it runs, the queue
-    /// has one connection less: with a pool of one, other calls wait.
+    /// has one connection less: with a pool of one, other calls wait, and those that `work` makes wait in vain. It takes
+    /// [`push_in`](Self::push_in) and [`complete_in`](crate::Lease::complete_in) instead.
     ///
     /// # Errors
     ///

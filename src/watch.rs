@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::backoff::Backoff;
 use crate::calls::{Settle, Verb};
 use crate::crew::backoff;
-use crate::engine::{Engine, wait};
+use crate::engine::Engine;
 use crate::error::Result;
 use crate::lane::SettleJob;
 use crate::lease::Lease;
@@ -221,7 +221,7 @@ impl Watch {
         }
         let until = Instant::now() + self.engine.settings.operation_timeout;
         for (slot, sent) in slots {
-            if let Err(e) = sent.and_then(|()| wait(&slot, Some(until))) {
+            if let Err(e) = sent.and_then(|()| self.engine.wait(&slot, Some(until))) {
                 tracing::warn!("a message was not released, its lease will expire: {e}");
             }
         }

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use crate::backoff::Backoff;
 use crate::calls::{Grant, Settle, Verb, Verdict};
 use crate::crew::backoff;
-use crate::engine::wait;
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::{BoxError, Job, Outcome};
 use crate::lane::{SettleJob, TurnJob};
@@ -445,7 +444,7 @@ impl<'a> Worker<'a> {
         };
         let until = self.queue.handle.deadline();
         let sent = self.queue.engine().turn(topic, job);
-        (Some(sent.and_then(|()| wait(&settled, Some(until)))), Some(asked))
+        (Some(sent.and_then(|()| self.queue.engine().wait(&settled, Some(until)))), Some(asked))
     }
 }
 

@@ -288,10 +288,17 @@ fn a_transaction_waits_for_a_connection_no_longer_than_its_timeout() {
     let queue = world.open(world.builder().pool_size(1).operation_timeout(Duration::from_millis(500)));
     queue
         .transaction(|_| {
-            let error = queue.transaction(|_| Ok(())).unwrap_err();
-            assert_eq!(error.kind(), ErrorKind::Timeout, "{error:?}");
-            let error = queue.push("t", "m").unwrap_err();
-            assert!(error.kind() == ErrorKind::Timeout && !error.is_indeterminate(), "{error:?}");
+            let why = ": the whole pool of 1 is in transactions; use push_in and complete_in there, or a larger pool_size";
+            let failed = [
+                (queue.transaction(|_| Ok(())).unwrap_err(), "no connection became free"),
+                (queue.push("t", "m").map(drop).unwrap_err(), "the call was not begun in time"),
+                (queue.try_pop("t").map(drop).unwrap_err(), "the call was not begun in time"),
+                (queue.topics().map(drop).unwrap_err(), "the call was not begun in time"),
+            ];
+            for (error, what) in failed {
+                assert!(error.kind() == ErrorKind::Timeout && !error.is_indeterminate(), "{error:?}");
+                assert!(error.to_string().ends_with(&format!("{what}{why}")), "{error}");
+            }
             Ok(())
         })
         .unwrap();
