@@ -14,7 +14,7 @@ use crate::calls::Calls;
 use crate::engine::{Engine, Settings};
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::link::{Links, Open, Route, bury, open_with};
+use crate::link::{Links, Open, Route, bury, lock_patience, open_with};
 use crate::observer::{Observer, Silent};
 use crate::queue::{Handle, Queue};
 use crate::schema::Schema;
@@ -194,8 +194,8 @@ impl Builder {
     }
 
     /// Whether the URL leads to a pooler in transaction mode, such as pgbouncer. The queue then uses
-    /// no named statements, no session settings and no notifications: waiting pops poll. Default:
-    /// `false`.
+    /// no named statements, no session settings and no notifications: waiting pops poll. Without it, a session that
+    /// another client has used is noticed, warned of, and worked with as well as can be. Default: `false`.
     ///
     /// Statements of your own within [`Queue::transaction`] should have no names either: take the driver's `query_typed`,
     /// as `query` and `execute` name theirs, and another client of the pooler may have left the same name behind.
@@ -276,7 +276,7 @@ impl Builder {
         let open = self.opener(&config, asked)?;
         let schema = Schema::new(&self.schema);
         let greeting = (!self.pooler).then(|| self.greeting());
-        let route = Arc::new(Route::new(&config, open, self.connect_timeout, greeting));
+        let route = Arc::new(Route::new(&config, open, self.connect_timeout, self.trust(), greeting));
         // `prefer`, the default, goes on without encryption where there is none.
         let is_doubtful = config.get_ssl_mode() == SslMode::Prefer && is_remote(&config);
         // A pooler's session says how the pooler reaches the server, not how we reach the pooler.
@@ -329,6 +329,11 @@ impl Builder {
         self.max_attempts.map_or(Ok(()), limits::max_attempts)
     }
 
+    /// How long a connection is taken to be what it was when it was opened.
+    fn trust(&self) -> Duration {
+        self.operation_timeout.clamp(Duration::from_secs(1), Duration::from_secs(30))
+    }
+
     /// What every new session is told: nothing that a role or a database sets may end an idle connection, make a call
     /// fail, or take the time of just-in-time compilation.
     fn greeting(&self) -> String {
@@ -343,12 +348,15 @@ impl Builder {
              set tcp_keepalives_idle = 30;
              set tcp_keepalives_interval = 10;
              set tcp_keepalives_count = 3;
+             set tcp_user_timeout = {};
              set pushpop_pg.max_payload = {};
              select pg_catalog.set_config(s.name, v.value, false)
              from pg_catalog.pg_settings s, (values ('client_connection_check_interval', '10s'), ('idle_session_timeout', '0')) v(name, value)
              where s.name operator(pg_catalog.=) v.name",
             millis(self.operation_timeout),
-            millis((self.operation_timeout / 4).min(Duration::from_secs(2))),
+            millis(lock_patience(self.operation_timeout)),
+            // As on our side. It ends a session whose client was stopped, and with it what that holds back.
+            millis(self.operation_timeout),
             self.max_payload,
         )
     }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use postgres::error::{DbError, Severity};
+
 /// The result of a call on a [`Queue`](crate::Queue).
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -21,8 +23,20 @@ struct Inner {
     operation: Option<&'static str>,
     topic: Option<String>,
     sqlstate: Option<String>,
+    /// The server has answered it, and the session goes on.
+    answered: bool,
+    trouble: Option<Trouble>,
     indeterminate: bool,
     source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+/// What stands behind some errors of the server's, other than the statement.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Trouble {
+    /// The server has no room for more notifications, and so undoes whatever notifies.
+    Notifying,
+    /// The session knows other statements than those that were prepared in it.
+    MixedUp,
 }
 
 /// The kinds of [`Error`] that a program may want to tell apart.
@@ -60,6 +74,8 @@ impl Error {
             operation: None,
             topic: None,
             sqlstate: None,
+            answered: false,
+            trouble: None,
             indeterminate: false,
             source: None,
         }))
@@ -134,6 +150,16 @@ impl Error {
         self
     }
 
+    /// Adds what may have ended the session of a transaction: the driver tells that once, and to whoever asks first.
+    pub(crate) fn cut_off(mut self) -> Self {
+        if self.0.kind == ErrorKind::Connection && self.0.sqlstate.is_none() {
+            self.0.message.push_str(
+                "; the server may have ended it, as idle_in_transaction_session_timeout and transaction_timeout do",
+            );
+        }
+        self
+    }
+
     /// Adds which server could not be reached; what one has answered needs no such word.
     pub(crate) fn at(mut self, server: &str) -> Self {
         if self.0.kind == ErrorKind::Connection && self.0.sqlstate.is_none() {
@@ -158,12 +184,13 @@ impl Error {
     pub fn is_retryable(&self) -> bool {
         match self.0.kind {
             ErrorKind::Timeout | ErrorKind::Connection => true,
-            ErrorKind::Database => self.sqlstate().is_some_and(is_transient),
+            ErrorKind::Database => self.0.trouble.is_some() || self.sqlstate().is_some_and(is_transient),
             _ => false,
         }
     }
 
-    /// Whether the call may have taken effect: the reply that would have said so never came.
+    /// Whether the call may have taken effect: the reply that would have said so never came, or somebody between has
+    /// answered in the server's place that he lost it (SQLSTATE 08006 and its like).
     ///
     /// Repeat the call to know: a push with the same id changes nothing if the first one
     /// succeeded, and so does a settle of the same lease.
@@ -181,24 +208,57 @@ impl Error {
         matches!(self.0.kind, ErrorKind::Connection | ErrorKind::Timeout)
     }
 
-    /// Whether the connection that gave this error is of no use any more.
+    /// Whether the connection that gave this error is of no use any more: it has ended, or its server only reads.
     pub(crate) fn breaks_connection(&self) -> bool {
-        self.0.kind == ErrorKind::Connection
+        self.ends_session() || self.sqlstate() == Some(ONLY_READS)
     }
+
+    /// Whether the session ended with it, so that an answer which is missing will not come.
+    pub(crate) fn ends_session(&self) -> bool {
+        !self.0.answered && (self.0.kind == ErrorKind::Connection || self.0.sqlstate.is_some())
+    }
+
+    /// Whether the statement was undone in favour of another, and can be repeated.
+    pub(crate) fn is_conflict(&self) -> bool {
+        self.sqlstate().is_some_and(is_conflict)
+    }
+
+    /// Whether the call was undone for no other reason than that it notifies.
+    pub(crate) fn is_of_notifying(&self) -> bool {
+        self.0.trouble == Some(Trouble::Notifying)
+    }
+
+    /// Whether somebody else uses the same session, which a pooler makes possible.
+    pub(crate) fn is_mixed_up(&self) -> bool {
+        self.0.trouble == Some(Trouble::MixedUp)
+    }
+}
+
+/// Codes of a server that has undone a statement in favour of another.
+fn is_conflict(code: &str) -> bool {
+    matches!(code, "40001" | "40P01" | "55P03")
 }
 
 /// Codes of a server that may answer otherwise next time, on the same connection.
 fn is_transient(code: &str) -> bool {
-    matches!(code, "40001" | "40P01" | "55P03" | "53200" | "53400")
+    is_conflict(code) || matches!(code, "40000" | "40003" | "53000" | "53200" | "53400" | "58000" | "58030")
 }
+
+/// The code of a server that only reads.
+const ONLY_READS: &str = "25006";
 
 /// Codes of a server that cannot be used for now: one that starts or stops, is full, or only reads.
 fn is_unavailable(code: &str) -> bool {
     code.starts_with("08")
         || matches!(
             code,
-            "57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04" | "53100" | "53300" | "25006"
+            "57P01" | "57P02" | "57P03" | "57P05" | "25P03" | "25P04" | "53100" | "53300" | ONLY_READS
         )
+}
+
+/// Codes of somebody between who does not know what became of a statement.
+fn is_unknown(code: &str) -> bool {
+    code.starts_with("08") || code == "40003"
 }
 
 fn is_denied(code: &str) -> bool {
@@ -209,28 +269,89 @@ fn is_missing(code: &str) -> bool {
     matches!(code, "3F000" | "42P01" | "42883" | "42703" | "3D000")
 }
 
+impl Trouble {
+    /// By codes, and names in the server's sources: its words may be those of another language.
+    fn of(error: &DbError) -> Option<Self> {
+        match (error.code().code(), error.routine()) {
+            ("42P05" | "26000", _) | ("08P01", Some("exec_bind_message")) => Some(Trouble::MixedUp),
+            ("54000", Some("PreCommit_Notify")) => Some(Trouble::Notifying),
+            ("54000", _) if error.message().contains("NOTIFY") => Some(Trouble::Notifying),
+            _ => None,
+        }
+    }
+}
+
+/// Whether the session goes on. Poolers send the severity in plain English only.
+fn is_answered(error: &DbError) -> bool {
+    match error.parsed_severity() {
+        Some(severity) => severity == Severity::Error,
+        None => error.severity() == "ERROR",
+    }
+}
+
+/// What a pooler refuses for good when a session begins, all under one code, and what to do about it.
+fn refused_by_pooler(error: &DbError) -> Option<(ErrorKind, &'static str)> {
+    if error.code().code() != "08P01" || is_answered(error) {
+        return None;
+    }
+    let says = |words: &str| error.message().to_lowercase().contains(words);
+    if says("unsupported startup parameter") {
+        Some((
+            ErrorKind::Invalid,
+            "; a pooler takes no options: leave them out, and set them by alter role or alter database",
+        ))
+    } else if says("no such database") {
+        Some((ErrorKind::Schema, ""))
+    } else if says("no such user") || says("authentication failed") || says("auth failed") {
+        Some((ErrorKind::Denied, ""))
+    } else {
+        None
+    }
+}
+
 /// The code that the functions of the schema raise for a lost lease.
 const LEASE_LOST: &str = "PP001";
+
+/// What to do when others use the same session.
+const MIXED_UP: &str =
+    "; behind a pooler in transaction mode set Builder::pooler, and use query_typed in transactions";
+
+fn kind_of(code: &str) -> ErrorKind {
+    match code {
+        LEASE_LOST => ErrorKind::LeaseLost,
+        "22023" => ErrorKind::Invalid,
+        "57014" => ErrorKind::Timeout,
+        code if is_unavailable(code) => ErrorKind::Connection,
+        code if is_denied(code) => ErrorKind::Denied,
+        code if is_missing(code) => ErrorKind::Schema,
+        _ => ErrorKind::Database,
+    }
+}
 
 impl From<postgres::Error> for Error {
     fn from(error: postgres::Error) -> Self {
         if let Some(db) = error.as_db_error() {
             let code = db.code().code();
-            let kind = match code {
-                LEASE_LOST => ErrorKind::LeaseLost,
-                "22023" => ErrorKind::Invalid,
-                "57014" => ErrorKind::Timeout,
-                code if is_unavailable(code) => ErrorKind::Connection,
-                code if is_denied(code) => ErrorKind::Denied,
-                code if is_missing(code) => ErrorKind::Schema,
-                _ => ErrorKind::Database,
+            let (trouble, refused) = (Trouble::of(db), refused_by_pooler(db));
+            let kind = match refused {
+                Some((kind, _)) => kind,
+                None if trouble.is_some() => ErrorKind::Database,
+                None => kind_of(code),
             };
             let mut message = format!("{} (SQLSTATE {code})", db.message());
             if let Some(detail) = db.detail().filter(|_| kind == ErrorKind::LeaseLost) {
                 message = format!("{message}: {detail}");
             }
+            message.push_str(match (trouble, refused) {
+                (Some(Trouble::MixedUp), _) => MIXED_UP,
+                (_, Some((_, hint))) => hint,
+                _ => "",
+            });
             let mut new = Error::new(kind, message);
             new.0.sqlstate = Some(code.to_owned());
+            new.0.answered = is_answered(db);
+            new.0.trouble = trouble;
+            new.0.indeterminate = new.0.answered && trouble.is_none() && is_unknown(code);
             new.caused_by(Redacted::from(error))
         } else {
             let kind = if error.is_closed() || caused_by_io(&error) {

@@ -9,16 +9,20 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
-use postgres::config::{Host, SslMode};
-use postgres::error::Severity;
+use postgres::config::{Host, SslMode, TargetSessionAttrs};
 use postgres::tls::{MakeTlsConnect, TlsConnect};
 use postgres::types::{IsNull, ToSql, Type};
-use postgres::{Client, Config, Row, Socket, Statement, Transaction};
+use postgres::{Client, Config, Row, SimpleQueryMessage, Socket, Statement, Transaction};
 use r2d2::ManageConnection;
 use r2d2_postgres::PostgresConnectionManager;
+use uuid::Uuid;
 
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::{Error, Result};
 use crate::slot::lock;
+
+/// How long a call rests before it is repeated because of a conflict, at first and at last.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LAST_PAUSE: Duration = Duration::from_millis(100);
 
 /// Opens a client; the TLS connector's type ends here.
 pub(crate) type Open = dyn Fn(&Config) -> Result<Client, postgres::Error> + Send + Sync;
@@ -29,6 +33,9 @@ pub(crate) struct Route {
     hosts: Vec<Config>,
     open: Arc<Open>,
     connect_timeout: Duration,
+    /// What a server has to be, and for how long one that was so is taken to be so still.
+    attrs: TargetSessionAttrs,
+    pub(crate) trust: Duration,
     /// What a new session is told first; nothing behind a transaction pooler.
     greeting: Option<String>,
     /// When the last call was sent that was not answered in time.
@@ -51,12 +58,15 @@ impl Route {
         config: &Config,
         open: Arc<Open>,
         connect_timeout: Duration,
+        trust: Duration,
         greeting: Option<String>,
     ) -> Self {
         Route {
             hosts: split(config, connect_timeout),
             open,
             connect_timeout,
+            attrs: config.get_target_session_attrs(),
+            trust,
             greeting,
             doubted: Mutex::default(),
         }
@@ -88,6 +98,31 @@ impl Route {
             }
         }
         Err(failed.unwrap_or_else(|| Error::invalid("the configuration names no host")))
+    }
+
+    /// Makes sure that a server answers, and is still what the configuration asks for: roles change without closing
+    /// connections.
+    pub(crate) fn prove(&self, client: &mut Client) -> Result<()> {
+        let (only_reads, wanted) = match self.attrs {
+            TargetSessionAttrs::ReadWrite => ("off", "read-write"),
+            TargetSessionAttrs::ReadOnly => ("on", "read-only"),
+            _ => return Ok(client.batch_execute("")?),
+        };
+        let answer = client.simple_query("show transaction_read_only")?;
+        let is_so = |message: &SimpleQueryMessage| match message {
+            SimpleQueryMessage::Row(row) => row.get(0) == Some(only_reads),
+            _ => false,
+        };
+        if answer.iter().any(is_so) {
+            Ok(())
+        } else {
+            Err(Error::connection(format!("the server is not {wanted} any more")))
+        }
+    }
+
+    /// Whether a connection that was proved at a certain time has to be proved again before it is used.
+    fn is_outdated(&self, proved: Instant) -> bool {
+        self.attrs != TargetSessionAttrs::Any && proved.elapsed() > self.trust
     }
 
     fn connect_to(self: &Arc<Self>, host: usize, patience: Duration) -> Result<Client> {
@@ -288,10 +323,13 @@ pub(crate) struct Link {
     client: Option<Client>,
     /// When the server answered last.
     heard: Instant,
+    /// When it was last what the configuration asks for.
+    proved: Instant,
     broke: bool,
     renewed: bool,
-    /// By the name of the call; `None` behind a transaction pooler.
+    /// By the name of the call; `None` behind a transaction pooler, whether we were told of it or have found out.
     statements: Option<HashMap<&'static str, Statement>>,
+    named_statements: bool,
 }
 
 impl Link {
@@ -302,12 +340,20 @@ impl Link {
         {
             self.discard();
         }
-        if self.client.is_none() {
-            if let Some(statements) = &mut self.statements {
-                statements.clear();
+        if let Some(client) = self.client.as_mut().filter(|_| self.route.is_outdated(self.proved)) {
+            match self.route.prove(client) {
+                Ok(()) => self.proved = Instant::now(),
+                Err(e) => {
+                    tracing::debug!("leaving a connection: {e}");
+                    self.discard();
+                }
             }
+        }
+        if self.client.is_none() {
+            self.statements = self.named_statements.then(HashMap::new);
             self.client = Some(self.route.connect(deadline)?);
             self.heard = Instant::now();
+            self.proved = self.heard;
             self.renewed |= std::mem::take(&mut self.broke);
         }
         self.client.as_mut().ok_or_else(|| Error::connection("not connected"))
@@ -318,22 +364,33 @@ impl Link {
         std::mem::take(&mut self.renewed)
     }
 
-    /// Runs a call, and returns its rows. If the connection turns out to be broken, once more on a
-    /// new one: every call of the queue's may be repeated.
+    /// Runs a call, and returns its rows. It is repeated where that may help, since every call of the queue's may be: on a
+    /// new connection if this one turns out to be broken, and for a while after a conflict with another transaction.
     pub(crate) fn run(
         &mut self,
         deadline: Instant,
         call: &Call,
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
-        let fresh = self.client.is_none();
-        match self.run_once(deadline, call, params) {
-            Err(e) if e.breaks_connection() && !fresh && Instant::now() < deadline => {
-                tracing::debug!("the connection broke, trying a new one: {e}");
-                let unknown = e.is_indeterminate();
-                self.run_once(deadline, call, params).map_err(|e| e.indeterminate(unknown))
+        let begun = Instant::now();
+        let (mut fresh, mut unknown, mut pause) = (self.client.is_none(), false, FIRST_PAUSE);
+        let patient_until = begun + lock_patience(deadline.saturating_duration_since(begun));
+        loop {
+            let error = match self.run_once(deadline, call, params) {
+                Ok(rows) => return Ok(rows),
+                Err(e) => e.indeterminate(unknown),
+            };
+            if error.breaks_connection() && !fresh && Instant::now() < deadline {
+                tracing::debug!("the connection broke, trying a new one: {error}");
+                (fresh, unknown) = (true, error.is_indeterminate());
+            } else if error.is_conflict() && Instant::now() + pause < patient_until {
+                tracing::debug!("repeating what was undone: {error}");
+                // Those who have met do not meet again.
+                thread::sleep(pause.mul_f64(0.5 + f64::from(Uuid::new_v4().as_bytes()[0]) / 512.0));
+                pause = (pause * 2).min(LAST_PAUSE);
+            } else {
+                return Err(error);
             }
-            other => other,
         }
     }
 
@@ -344,12 +401,22 @@ impl Link {
         params: &[&(dyn ToSql + Sync)],
     ) -> Result<Vec<Row>> {
         let result = match self.try_run(deadline, call, params) {
-            // The function was replaced meanwhile, or a pooler gave us another session.
-            Err(e) if matches!(e.sqlstate(), Some("0A000" | "26000")) => {
-                if let Some(statements) = &mut self.statements {
-                    statements.clear();
-                }
+            // The function was replaced meanwhile, or the caller has let go of all statements.
+            Err(e) if matches!(e.sqlstate(), Some("0A000" | "26000")) && self.statements.is_some() => {
+                self.forget_statements();
                 self.try_run(deadline, call, params)
+            }
+            other => other,
+        };
+        let result = match result {
+            Err(e) if e.is_mixed_up() && self.statements.is_some() => {
+                tracing::warn!("going on without named statements on this connection: {e}");
+                self.statements = None;
+                self.try_run(deadline, call, params)
+            }
+            Err(e) if e.is_of_notifying() => {
+                tracing::warn!("going on without the notification: {e}");
+                self.run_quietly(call, params)
             }
             other => other,
         };
@@ -386,6 +453,24 @@ impl Link {
         client.query(statement, &params).map_err(unanswered)
     }
 
+    /// Runs a call that nobody is notified of: those that wait will look for themselves.
+    fn run_quietly(&mut self, call: &Call, params: &[&(dyn ToSql + Sync)]) -> Result<Vec<Row>> {
+        let Some(client) = &mut self.client else {
+            return Err(Error::connection("not connected"));
+        };
+        let mut tx = client.transaction().map_err(unanswered)?;
+        tx.batch_execute("set local pushpop_pg.notify = off")?;
+        let rows = call.run_in(&mut tx, params)?;
+        tx.commit().map_err(unanswered)?;
+        Ok(rows)
+    }
+
+    fn forget_statements(&mut self) {
+        if let Some(statements) = &mut self.statements {
+            statements.clear();
+        }
+    }
+
     /// Takes the client away, connected.
     pub(crate) fn take_client(&mut self, deadline: Instant) -> Result<Client> {
         self.client(deadline)?;
@@ -400,9 +485,7 @@ impl Link {
 
     /// Lets go of the client, if there is one.
     pub(crate) fn discard(&mut self) {
-        if let Some(statements) = &mut self.statements {
-            statements.clear();
-        }
+        self.forget_statements();
         if let Some(client) = self.client.take() {
             self.broke = true;
             bury(client);
@@ -410,13 +493,17 @@ impl Link {
     }
 }
 
+/// How long a lock may be waited for, and a conflict repeated, in a call with so much time.
+pub(crate) fn lock_patience(time: Duration) -> Duration {
+    (time / 4).min(Duration::from_secs(2))
+}
+
 /// Once a call was sent, a connection that breaks leaves it open whether it took effect. An error that the server
-/// answers, and goes on, has undone it.
+/// answers, and goes on, says so itself.
 pub(crate) fn unanswered(error: postgres::Error) -> Error {
-    let undone = error.as_db_error().is_some_and(|db| db.parsed_severity() == Some(Severity::Error));
     let error = Error::from(error);
-    let broke = matches!(error.kind(), ErrorKind::Connection | ErrorKind::Timeout);
-    error.indeterminate(broke && !undone)
+    let ended = error.ends_session();
+    error.indeterminate(ended)
 }
 
 /// Closing a connection sends a farewell, and may wait for ever for an earlier reply: a thread of
@@ -448,9 +535,11 @@ impl ManageConnection for Links {
             route: Arc::clone(&self.route),
             client: None,
             heard: Instant::now(),
+            proved: Instant::now(),
             broke: false,
             renewed: false,
-            statements: self.named_statements.then(HashMap::new),
+            statements: None,
+            named_statements: self.named_statements,
         })
     }
 
@@ -474,7 +563,8 @@ mod tests {
 
     #[test]
     fn what_answered_since_is_not_doubted() {
-        let route = Route::new(&Config::new(), open_with(postgres::NoTls), Duration::from_secs(1), None);
+        let second = Duration::from_secs(1);
+        let route = Route::new(&Config::new(), open_with(postgres::NoTls), second, second, None);
         let (earlier, sent) = (Instant::now(), Instant::now() + Duration::from_secs(1));
         assert!(!route.is_doubtful(earlier));
         route.doubt(sent);

@@ -10,13 +10,10 @@ use postgres::Client;
 use crate::crew::backoff;
 use crate::engine::Engine;
 use crate::error::Result;
-use crate::link::{Route, bury};
+use crate::link::{Route, bury, within};
 
 /// How often the thread looks whether the queue has ended.
 const TURN: Duration = Duration::from_millis(200);
-
-/// How long a silent connection is trusted.
-const TRUST: Duration = Duration::from_secs(30);
 
 /// Starts the thread; false if that cannot be done, and polling has to do.
 pub(crate) fn start(engine: &Arc<Engine>, route: &Arc<Route>) -> bool {
@@ -52,34 +49,49 @@ fn rest(engine: &Weak<Engine>, time: Duration) {
     }
 }
 
-/// Listens on a connection until it breaks or the queue ends.
+/// Listens on a connection until it breaks, its server is not what was asked for any more, or the queue ends.
 fn listen(engine: &Weak<Engine>, route: &Arc<Route>, patience: Duration) -> Result<()> {
-    let mut client = route.connect(Instant::now() + patience)?;
-    let heard = hear(engine, &mut client);
-    bury(client);
-    heard
+    let Some(sql) = engine.upgrade().map(|queue| queue.calls.listen.clone()) else { return Ok(()) };
+    let client = route.connect(Instant::now() + patience)?;
+    let mut client = ask(client, patience, move |client| Ok(client.batch_execute(&sql)?))?;
+    // First listen, then look: what was pushed before is not told.
+    if let Some(queue) = engine.upgrade() {
+        queue.look_everywhere();
+    }
+    loop {
+        let heard = hear(engine, &mut client, Instant::now() + route.trust);
+        if !matches!(heard, Ok(true)) {
+            bury(client);
+            return heard.map(drop);
+        }
+        let route = Arc::clone(route);
+        client = ask(client, patience, move |client| route.prove(client))?;
+    }
 }
 
-fn hear(engine: &Weak<Engine>, client: &mut Client) -> Result<()> {
-    let Some(queue) = engine.upgrade() else { return Ok(()) };
-    client.batch_execute(&queue.calls.listen)?;
-    // First listen, then look: what was pushed before is not told.
-    queue.look_everywhere();
-    drop(queue);
-    let mut proved = Instant::now();
-    loop {
+/// Has a server answer within a time. One that is frozen would hold this thread for as long as it is.
+fn ask(
+    mut client: Client,
+    patience: Duration,
+    question: impl FnOnce(&mut Client) -> Result<()> + Send + 'static,
+) -> Result<Client> {
+    within(Instant::now() + patience, "pushpop-ask", move || match question(&mut client) {
+        Ok(()) => Ok(client),
+        Err(e) => {
+            bury(client);
+            Err(e)
+        }
+    })
+}
+
+/// Passes notifications on until a certain time; false if the queue ends before.
+fn hear(engine: &Weak<Engine>, client: &mut Client, until: Instant) -> Result<bool> {
+    while Instant::now() < until {
         let heard = client.notifications().timeout_iter(TURN).next()?;
-        let Some(queue) = engine.upgrade().filter(|queue| !queue.has_ended()) else { return Ok(()) };
-        match heard {
-            Some(notification) => {
-                proved = Instant::now();
-                queue.notified(notification.payload());
-            }
-            None if proved.elapsed() > TRUST => {
-                client.is_valid(queue.settings.operation_timeout)?;
-                proved = Instant::now();
-            }
-            None => {}
+        let Some(queue) = engine.upgrade().filter(|queue| !queue.has_ended()) else { return Ok(false) };
+        if let Some(notification) = heard {
+            queue.notified(notification.payload());
         }
     }
+    Ok(true)
 }

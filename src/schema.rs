@@ -26,6 +26,7 @@ const MIGRATIONS: &[Migration] = &[Migration {
     oldest_crate: "0.1.0",
     files: &[
         include_str!("../sql/0001/tables.sql"),
+        include_str!("../sql/0001/tell.sql"),
         include_str!("../sql/0001/push.sql"),
         include_str!("../sql/0001/pop.sql"),
         include_str!("../sql/0001/settle.sql"),

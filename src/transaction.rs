@@ -57,8 +57,10 @@ impl Queue {
             crate::link::bury(client);
             client = borrowed.link.take_client(deadline)?;
         }
-        let result = run(&mut client, engine.settings.listens, work);
-        if result.as_ref().is_err_and(Error::is_indeterminate) || client.is_closed() {
+        let result = run(&mut client, engine.settings.listens, work)
+            .map_err(|e| if client.is_closed() { e.cut_off() } else { e });
+        // One whose server only reads is left, too: another may be what was asked for.
+        if result.as_ref().is_err_and(Error::breaks_connection) || client.is_closed() {
             crate::link::bury(client);
         } else {
             borrowed.link.put_back(client);

@@ -1022,7 +1022,7 @@ begin
   else
     perform "pushpop".enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed]);
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
-      perform pg_notify('pushpop', push.topic);
+      perform "pushpop".tell(push.topic);
     end if;
   end if;
   if current_setting('synchronous_commit') = 'off' then
@@ -1138,7 +1138,7 @@ begin
   end if;
   if places is null or cardinality(places) > 0 then
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
-      perform pg_notify('pushpop', push_many.topic);
+      perform "pushpop".tell(push_many.topic);
     end if;
   end if;
   if current_setting('synchronous_commit') = 'off' then
@@ -1348,7 +1348,7 @@ begin
   due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
   update "pushpop".messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
   perform "pushpop".enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id]);
-  perform pg_notify('pushpop', reschedule.topic);
+  perform "pushpop".tell(reschedule.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
   end if;
@@ -1366,7 +1366,7 @@ begin
   perform "pushpop".check_topic(resume.topic);
   update "pushpop".topics t set paused = false where t.topic = resume.topic and t.paused;
   if found then
-    perform pg_notify('pushpop', resume.topic);
+    perform "pushpop".tell(resume.topic);
   end if;
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
@@ -1400,7 +1400,7 @@ begin
   select count("pushpop".enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id])::text)
   into counted from revived r;
   delete from "pushpop".dead d where d.topic = revive.topic and d.ctid = any (locked);
-  perform pg_notify('pushpop', revive.topic);
+  perform "pushpop".tell(revive.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
   end if;
@@ -1640,7 +1640,7 @@ begin
     end if;
     -- What is given back wakes those that wait, as a push does.
     if ended is not null then
-      perform pg_notify('pushpop', t.topic) from "pushpop".topics t
+      perform "pushpop".tell(t.topic) from "pushpop".topics t
       where t.topic = settle_many.topic and t.wanted_until > moment;
     end if;
   end if;
@@ -1960,6 +1960,15 @@ begin
   place := message.place;
   fence := message.fence;
 end
+$$;
+CREATE FUNCTION pushpop.tell(topic text) RETURNS void
+    LANGUAGE sql
+    AS $$
+  select case
+    when coalesce(pg_catalog.current_setting('pushpop_pg.notify', true), '') <> 'off'
+      and pg_catalog.pg_notification_queue_usage() < 0.9
+    then pg_catalog.pg_notify('pushpop', topic)
+  end
 $$;
 CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS void
     LANGUAGE plpgsql
@@ -2433,6 +2442,7 @@ REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone
 REVOKE ALL ON FUNCTION pushpop.take_figures(topics text[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.tell(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_leases(topic text, tokens bytea[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.topic_names(after text, max bigint) FROM PUBLIC;

@@ -33,7 +33,7 @@ begin
   perform pushpop.check_topic(resume.topic);
   update pushpop.topics t set paused = false where t.topic = resume.topic and t.paused;
   if found then
-    perform pg_notify('pushpop', resume.topic);
+    perform pushpop.tell(resume.topic);
   end if;
   if current_setting('synchronous_commit') = 'off' then
     perform pushpop.make_durable();
@@ -188,7 +188,7 @@ begin
   due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
   update pushpop.messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
   perform pushpop.enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id]);
-  perform pg_notify('pushpop', reschedule.topic);
+  perform pushpop.tell(reschedule.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform pushpop.make_durable();
   end if;

@@ -168,7 +168,7 @@ begin
   select count(pushpop.enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id])::text)
   into counted from revived r;
   delete from pushpop.dead d where d.topic = revive.topic and d.ctid = any (locked);
-  perform pg_notify('pushpop', revive.topic);
+  perform pushpop.tell(revive.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform pushpop.make_durable();
   end if;

@@ -164,7 +164,7 @@ begin
   else
     perform pushpop.enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed]);
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
-      perform pg_notify('pushpop', push.topic);
+      perform pushpop.tell(push.topic);
     end if;
   end if;
   if current_setting('synchronous_commit') = 'off' then
@@ -297,7 +297,7 @@ begin
 
   if places is null or cardinality(places) > 0 then
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
-      perform pg_notify('pushpop', push_many.topic);
+      perform pushpop.tell(push_many.topic);
     end if;
   end if;
   if current_setting('synchronous_commit') = 'off' then

@@ -107,7 +107,7 @@ begin
     end if;
     -- What is given back wakes those that wait, as a push does.
     if ended is not null then
-      perform pg_notify('pushpop', t.topic) from pushpop.topics t
+      perform pushpop.tell(t.topic) from pushpop.topics t
       where t.topic = settle_many.topic and t.wanted_until > moment;
     end if;
   end if;

@@ -441,6 +441,57 @@ fn a_user_whose_default_isolation_is_serializable_is_served() {
     assert_eq!(text(queue.try_pop("t").unwrap().unwrap().payload()), "own");
 }
 
+/// Behind a pooler no session is told otherwise.
+#[test]
+fn the_settings_of_a_role_do_no_harm_behind_a_pooler() {
+    let mut admin = Client::connect(&guarded_url("postgres", "correct", "postgres"), NoTls).unwrap();
+    let (role, url) = guarded_role(&mut admin);
+    admin
+        .batch_execute(&format!(
+            "alter role {role} set default_transaction_isolation = serializable;
+             alter role {role} set lock_timeout = 1;
+             grant create on database postgres to {role}"
+        ))
+        .unwrap();
+    let world = World::on(&url);
+    let open = || {
+        let builder = world.builder().pooler(true).pool_size(1).poll_interval(Duration::from_millis(50));
+        builder.connect(&url).unwrap()
+    };
+    // They find the schema that another has installed meanwhile.
+    let barrier = Barrier::new(8);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                barrier.wait();
+                let queue = open();
+                for _ in 0..20 {
+                    queue.push("t", "m").unwrap();
+                    queue.pop_timeout("t", crate::world::SOON).unwrap().unwrap().complete().unwrap();
+                }
+            });
+        }
+    });
+    let queue = open();
+    assert_eq!(stats(&queue, "t").settled(), 160);
+
+    // A lock that is held for longer than that.
+    queue.push("t", "m").unwrap();
+    let lease = queue.try_pop("t").unwrap().unwrap();
+    let mut holder = world.client();
+    let mut tx = holder.transaction().unwrap();
+    tx.batch_execute("set local lock_timeout = 0").unwrap();
+    tx.execute(&world.sql("select from pushpop.messages for update"), &[]).unwrap();
+    let timeouts = || guarded().log().matches("canceling statement due to lock timeout").count();
+    let before = timeouts();
+    thread::scope(|scope| {
+        let completed = scope.spawn(|| lease.complete().map_err(Error::from));
+        until("the lock was waited for twice", || timeouts() > before + 1);
+        tx.rollback().unwrap();
+        completed.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn connections_end_with_the_last_handle() {
     let world = World::new();

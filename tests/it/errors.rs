@@ -144,6 +144,11 @@ fn errors_of_the_drivers_become_ours() {
         ("57P03", ErrorKind::Connection, true),
         ("25006", ErrorKind::Connection, true),
         ("08006", ErrorKind::Connection, true),
+        ("08P01", ErrorKind::Connection, true),
+        ("40003", ErrorKind::Database, true),
+        ("42P05", ErrorKind::Database, true),
+        ("26000", ErrorKind::Database, true),
+        ("58030", ErrorKind::Database, true),
         ("57014", ErrorKind::Timeout, true),
         ("42501", ErrorKind::Denied, false),
         ("28000", ErrorKind::Denied, false),
@@ -154,6 +159,14 @@ fn errors_of_the_drivers_become_ours() {
         let error = code(&mut client, &raise(state));
         assert_eq!((error.kind(), error.is_retryable()), (kind, retryable), "{state}");
         assert_eq!(error.sqlstate(), Some(state));
+        // Somebody between does not know what became of the statement.
+        let is_unknown = state.starts_with("08") || state == "40003";
+        assert_eq!(error.is_indeterminate(), is_unknown, "{error:?}");
+        assert_eq!(
+            error.to_string().contains("Builder::pooler"),
+            matches!(state, "42P05" | "26000"),
+            "{error}"
+        );
         assert!(error.to_string().contains("raised") && error.to_string().contains(state), "{error}");
     }
 }
@@ -247,25 +260,109 @@ fn a_refused_call_keeps_its_connection() {
         client.query_one(sql, &[&world.schema]).unwrap().get(0)
     };
     let pid = backend();
-    // What is drawn from a sequence stays drawn: it counts the tries.
-    let refuse = "create sequence pushpop.tries;
-         create function pushpop.refuse_it() returns trigger language plpgsql as $$
-         begin
-           perform nextval('pushpop.tries');
-           raise exception 'refused' using errcode = 'P0042';
-         end $$;
-         create trigger refuse before insert on pushpop.messages for each row execute function pushpop.refuse_it()";
     let mut admin = world.client();
-    admin.batch_execute(&world.sql(refuse)).unwrap();
+    refuse(&world, &mut admin, "P0042", i64::MAX);
     for _ in 0..3 {
         assert_eq!(queue.push("t", "m").unwrap_err().sqlstate(), Some("P0042"));
         assert_eq!(queue.push_many("t", ["m", "n"]).unwrap_err().sqlstate(), Some("P0042"));
     }
-    let tries: i64 = admin.query_one(&world.sql("select last_value from pushpop.tries"), &[]).unwrap().get(0);
-    assert_eq!(tries, 6, "nothing is tried again that was refused");
+    assert_eq!(tries(&world, &mut admin), 6, "nothing is tried again that was refused");
     admin.batch_execute(&world.sql("drop trigger refuse on pushpop.messages")).unwrap();
     queue.push("t", "m").unwrap();
     assert_eq!(backend(), pid);
+}
+
+/// Has every insert of a message raise an error: the first of them, or all.
+fn refuse(world: &World, client: &mut postgres::Client, code: &str, first: i64) {
+    // What is drawn from a sequence stays drawn: it counts the tries.
+    let sql = format!(
+        "drop sequence if exists pushpop.tries;
+         create sequence pushpop.tries;
+         create or replace function pushpop.refuse_it() returns trigger language plpgsql as $$
+         begin
+           if nextval('pushpop.tries') <= {first} then
+             raise exception 'refused' using errcode = '{code}';
+           end if;
+           return new;
+         end $$;
+         drop trigger if exists refuse on pushpop.messages;
+         create trigger refuse before insert on pushpop.messages for each row execute function pushpop.refuse_it()"
+    );
+    client.batch_execute(&world.sql(&sql)).unwrap();
+}
+
+fn tries(world: &World, client: &mut postgres::Client) -> i64 {
+    client.query_one(&world.sql("select last_value from pushpop.tries"), &[]).unwrap().get(0)
+}
+
+/// An id or a token makes it safe to repeat whatever the queue sends.
+#[test]
+fn what_was_undone_by_a_conflict_is_repeated() {
+    let world = World::new();
+    let queue = world.open(world.builder().operation_timeout(Duration::from_secs(4)));
+    let mut client = world.client();
+    for code in ["40001", "40P01", "55P03"] {
+        refuse(&world, &mut client, code, 3);
+        queue.push("t", code).unwrap();
+        assert_eq!(tries(&world, &mut client), 4, "{code}");
+        refuse(&world, &mut client, code, 3);
+        queue.push_many("t", [code, code]).unwrap();
+
+        // Not without end.
+        refuse(&world, &mut client, code, i64::MAX);
+        let error = queue.push("t", "m").unwrap_err();
+        assert_eq!((error.sqlstate(), error.is_retryable()), (Some(code), true), "{error:?}");
+        assert!(!error.is_indeterminate() && (2..100).contains(&tries(&world, &mut client)), "{error:?}");
+        // A transaction is for its owner to repeat.
+        refuse(&world, &mut client, code, 1);
+        let push = || queue.transaction(|tx| queue.push_in(tx, "t", code));
+        let error = push().unwrap_err();
+        assert_eq!((error.sqlstate(), error.is_retryable()), (Some(code), true), "{error:?}");
+        push().unwrap();
+    }
+    assert_eq!(crate::world::drain(&queue, "t").len(), 12);
+}
+
+/// As a proxy or a coordinator answers that has lost the server behind it.
+#[test]
+fn what_somebody_between_does_not_know_is_indeterminate() {
+    let world = World::new();
+    let queue = world.open(world.builder().pool_size(1));
+    let mut client = world.client();
+    let lease = {
+        queue.push("t", "m").unwrap();
+        pop(&queue, "t")
+    };
+    let sessions = |client: &mut postgres::Client| -> Vec<i32> {
+        let sql = "select pid from pg_stat_activity where application_name = $1 order by pid";
+        client.query(sql, &[&world.schema]).unwrap().iter().map(|row| row.get(0)).collect()
+    };
+    let before = sessions(&mut client);
+    for code in ["08006", "08000", "08003"] {
+        refuse(&world, &mut client, code, i64::MAX);
+        let failed = [
+            queue.push("t", "m").map(drop).unwrap_err(),
+            queue.push_many("t", ["m", "n"]).map(drop).unwrap_err(),
+            queue.transaction(|tx| queue.push_in(tx, "t", "m")).map(drop).unwrap_err(),
+        ];
+        for error in failed {
+            assert_eq!((error.kind(), error.sqlstate()), (ErrorKind::Connection, Some(code)), "{error:?}");
+            assert!(error.is_retryable() && error.is_indeterminate(), "{error:?}");
+        }
+        assert_eq!(tries(&world, &mut client), 3, "nothing is repeated on another connection");
+        assert_eq!(sessions(&mut client), before, "the connection stays");
+    }
+    client.batch_execute(&world.sql("drop trigger refuse on pushpop.messages")).unwrap();
+    lease.complete().unwrap();
+
+    // One that is answered by a commit.
+    let at_commit =
+        "create constraint trigger refuse after insert on pushpop.messages deferrable initially deferred
+         for each row execute function pushpop.refuse_it()";
+    client.batch_execute(&world.sql(at_commit)).unwrap();
+    let error = queue.transaction(|tx| queue.push_in(tx, "t", "m")).map(drop).unwrap_err();
+    assert!(error.is_retryable() && error.is_indeterminate(), "{error:?}");
+    assert_eq!(sessions(&mut client), before, "the connection stays");
 }
 
 /// The driver logs every parameter of a statement at the debug level.

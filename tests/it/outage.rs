@@ -6,10 +6,13 @@ use std::sync::{Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use postgres::{Client, NoTls};
 use pushpop_pg::{ErrorKind, Job, NewMessage, Queue, Worker};
 use pushpop_server::Server;
 
-use crate::world::{SOON, World, drain, pop, stats, text, until, until_listening, until_wanted};
+use crate::world::{
+    SOON, World, drain, has_connection, pop, stats, text, until, until_listening, until_wanted,
+};
 
 /// What a call may need beyond its time-out on a busy machine.
 const ALLOWANCE: Duration = Duration::from_secs(5);
@@ -572,4 +575,142 @@ fn a_schema_that_is_gone_is_an_error_at_once() {
     let error = queue.push("t", "m").unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Schema, "{error:?}");
     assert!(!error.is_retryable());
+}
+
+/// Its kernel goes on acknowledging: without a time-out of the server's own, the session and all that comes after its last
+/// notification stay for as long as it is stopped.
+#[test]
+fn a_client_that_is_stopped_is_let_go_of() {
+    const CHILD: &str = "PUSHPOP_TEST_IS_STOPPED";
+    if let Ok(schema) = std::env::var(CHILD) {
+        let url = std::env::var("PUSHPOP_TEST_STOPPED_URL").unwrap();
+        let builder = Queue::builder().schema(&schema).application_name(&schema);
+        let queue = builder.operation_timeout(Duration::from_secs(2)).connect(&url).unwrap();
+        return drop(queue.pop_timeout("t", SOON * 4));
+    }
+    let server = own();
+    let world = World::on(&server.url());
+    let mut client = world.client();
+    world.queue();
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "outage::a_client_that_is_stopped_is_let_go_of"])
+        .env(CHILD, &world.schema)
+        .env("PUSHPOP_TEST_STOPPED_URL", server.url())
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    until_listening(&world, &mut client);
+    let signal = |name: &str| {
+        let pid = child.id().to_string();
+        assert!(std::process::Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
+    };
+    signal("STOP");
+    let flood = "select pg_notify($1, i || repeat('x', 4000)) from generate_series(1, 5000) i";
+    until("nothing more is taken", || {
+        client.execute(flood, &[&world.schema]).unwrap();
+        has_connection(&world, &mut client, "wait_event = 'ClientWrite'")
+    });
+    until("it is let go of", || !has_connection(&world, &mut client, "wait_event = 'ClientWrite'"));
+    assert!(server.log().contains("could not send data to client: Connection timed out"), "{}", server.log());
+    signal("KILL");
+    child.wait().unwrap();
+}
+
+/// Two servers that change their roles, as after a failover that closes no connection.
+struct Pair {
+    servers: [Server; 2],
+    world: World,
+}
+
+impl Pair {
+    /// The first may be written to.
+    fn new() -> Pair {
+        let servers = [own(), own()];
+        let world = World::on(&servers[0].url());
+        // Each has the schema.
+        servers.iter().for_each(|server| drop(world.builder().connect(&server.url()).unwrap()));
+        let pair = Pair { servers, world };
+        pair.only_reads(1, true);
+        pair
+    }
+
+    /// A queue on whichever server may be written to.
+    fn queue(&self, builder: pushpop_pg::Builder) -> Queue {
+        let ports = self.servers.each_ref().map(Server::port);
+        let url = format!(
+            "host=127.0.0.1,127.0.0.1 port={},{} user=postgres dbname=postgres target_session_attrs=read-write",
+            ports[0], ports[1]
+        );
+        builder.connect(&url).unwrap()
+    }
+
+    fn client(&self, i: usize) -> Client {
+        Client::connect(&self.servers[i].url(), NoTls).unwrap()
+    }
+
+    fn only_reads(&self, i: usize, yes: bool) {
+        let mut client = self.client(i);
+        client.batch_execute(&format!("alter system set default_transaction_read_only = {yes}")).unwrap();
+        client.batch_execute("select pg_reload_conf()").unwrap();
+        until("the server has its other role", || {
+            let row = self.client(i).query_one("select current_setting('transaction_read_only')::bool", &[]);
+            row.unwrap().get::<_, bool>(0) == yes
+        });
+    }
+
+    fn swap(&self) {
+        self.only_reads(1, false);
+        self.only_reads(0, true);
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        // Where the world is to be dropped.
+        self.only_reads(0, false);
+    }
+}
+
+#[test]
+fn the_listener_leaves_a_server_that_is_not_what_was_asked_for() {
+    let pair = Pair::new();
+    let builder = pair.world.builder().operation_timeout(Duration::from_secs(2));
+    let queue = pair.queue(builder.poll_interval(Duration::from_secs(3600)));
+    thread::scope(|scope| {
+        let popped = scope.spawn(|| text(queue.pop("t").unwrap().payload()));
+        until_listening(&pair.world, &mut pair.client(0));
+        pair.swap();
+        until_listening(&pair.world, &mut pair.client(1));
+        until_wanted(&pair.world, &mut pair.client(1), "t");
+        let push = pair.world.sql("select pushpop.push('t', 'm')");
+        pair.client(1).batch_execute(&push).unwrap();
+        assert_eq!(popped.join().unwrap(), "m");
+        assert!(!has_connection(&pair.world, &mut pair.client(0), "query ilike 'listen%'"));
+    });
+}
+
+/// What only reads does not fail there, and would see what was true before.
+#[test]
+fn idle_connections_leave_a_server_that_is_not_what_was_asked_for() {
+    let pair = Pair::new();
+    let queue = pair.queue(pair.world.builder().pool_size(1).operation_timeout(Duration::from_secs(2)));
+    assert!(queue.topics().unwrap().is_empty());
+    pair.swap();
+    let push = pair.world.sql("select pushpop.push('t', 'm')");
+    pair.client(1).batch_execute(&push).unwrap();
+    until("the other server is read", || !queue.topics().unwrap().is_empty());
+}
+
+/// So does the one that a transaction has found to be so.
+#[test]
+fn a_transaction_leaves_a_server_that_only_reads() {
+    let pair = Pair::new();
+    let queue = pair.queue(pair.world.builder().pool_size(1));
+    let push = || queue.transaction(|tx| queue.push_in(tx, "t", "m"));
+    push().unwrap();
+    pair.swap();
+    let error = push().unwrap_err();
+    assert_eq!((error.sqlstate(), error.is_retryable()), (Some("25006"), true), "{error:?}");
+    push().unwrap();
+    assert_eq!(drain(&queue, "t"), ["m"]);
 }

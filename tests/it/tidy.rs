@@ -80,9 +80,10 @@ fn no_star_reaches_a_client() {
 #[test]
 fn no_literal_has_a_backslash() {
     for file in files("sql").iter().filter(|f| f.ends_with(".sql")) {
-        assert!(!read(file).contains('\\'), "{file}");
+        for statement in statements(&read(file)) {
+            assert!(!statement.contains('\\'), "{file}: {}", statement.trim());
+        }
     }
-    assert!(!Queue::builder().install_sql().contains('\\'));
 }
 
 /// A predicate with it is a filter, not an index condition: it is volatile.

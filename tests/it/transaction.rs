@@ -357,3 +357,29 @@ fn statements_of_the_transaction_have_no_timeout_of_the_queues() {
     let queue = world.open(world.builder().operation_timeout(Duration::from_millis(300)));
     queue.transaction(|tx| Ok(tx.batch_execute("select pg_sleep(1)")?)).unwrap();
 }
+
+/// The driver tells whoever asks first why a session has ended, and the others nothing.
+#[test]
+fn a_transaction_that_was_cut_off_says_what_may_have_done_it() {
+    let world = World::new();
+    let queue = world.queue();
+    let cut = |ignored: bool| {
+        queue.transaction(|tx| {
+            tx.batch_execute("set local idle_in_transaction_session_timeout = 50")?;
+            while tx.batch_execute("select").is_ok() {
+                thread::sleep(Duration::from_millis(200));
+            }
+            if ignored { Ok(()) } else { Ok(tx.batch_execute("select")?) }
+        })
+    };
+    for ignored in [true, false] {
+        let error = cut(ignored).unwrap_err();
+        assert_eq!((error.kind(), error.is_retryable()), (ErrorKind::Connection, true), "{error:?}");
+        for setting in ["idle_in_transaction_session_timeout", "transaction_timeout"] {
+            assert!(error.to_string().contains(setting), "{error}");
+        }
+        assert!(!error.is_indeterminate(), "{error:?}");
+    }
+    queue.transaction(|tx| queue.push_in(tx, "t", "m")).unwrap();
+    assert_eq!(drain(&queue, "t"), ["m"]);
+}

@@ -6,9 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use postgres::Client;
-use pushpop_pg::{NewMessage, Queue};
+use pushpop_pg::{Error, ErrorKind, NewMessage, Queue};
+use pushpop_server::Server;
 
-use crate::world::{SOON, World, pop, stats, text, until, until_listening, until_wanted};
+use crate::world::{SOON, World, drain, pop, stats, text, until, until_listening, until_wanted};
 
 /// A queue that looks for itself so seldom that a test would see it.
 fn patient(world: &World) -> Queue {
@@ -384,5 +385,104 @@ fn a_waiter_is_known_until_he_looks_again() {
         assert!((16.0..=31.0).contains(&seconds), "{seconds} s");
         client.batch_execute(&world.sql("select from pushpop.push('t', 'm')")).unwrap();
         popped.join().unwrap();
+    });
+}
+
+/// The words in which a server refuses whatever notifies.
+const FULL: &str = "too many notifications in the NOTIFY queue";
+
+/// It is known at the commit only, where no function can help it.
+#[test]
+fn a_call_that_cannot_notify_goes_without() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    queue.push_many("t", ["released", "rescheduled"]).unwrap();
+    let lease = pop(&queue, "t");
+    let refuse = format!(
+        "create function pushpop.refuse_it() returns trigger language plpgsql as $$
+         begin
+           if coalesce(current_setting('pushpop_pg.notify', true), '') <> 'off' then
+             raise exception '{FULL}' using errcode = '54000';
+           end if;
+           return null;
+         end $$;
+         create constraint trigger refuse after insert or update on pushpop.messages
+         deferrable initially deferred for each row execute function pushpop.refuse_it()"
+    );
+    client.batch_execute(&world.sql(&refuse)).unwrap();
+    let pushed = queue.push("t", "pushed").unwrap();
+    queue.push_many("t", ["one", "two"]).unwrap();
+    assert!(!queue.push_once("t", NewMessage::new("again").with_id(pushed)).unwrap());
+    lease.release().unwrap();
+    assert!(queue.topic("t").reschedule(pushed, Duration::ZERO).unwrap());
+    let lease = pop(&queue, "t");
+    lease.fail("why").unwrap();
+
+    // A transaction is for its owner to repeat.
+    let tried = queue.transaction(|tx| queue.push_in(tx, "t", "in vain")).unwrap_err();
+    assert_eq!((tried.sqlstate(), tried.kind()), (Some("54000"), ErrorKind::Database));
+    assert!(tried.is_retryable() && !tried.is_indeterminate(), "{tried:?}");
+    let without = "set local pushpop_pg.notify = off";
+    queue
+        .transaction(|tx| {
+            tx.batch_execute(without)?;
+            queue.push_in(tx, "t", "without")
+        })
+        .unwrap();
+    // Other limits of the server's are no reason to try again.
+    client.batch_execute(&world.sql("drop trigger refuse on pushpop.messages")).unwrap();
+    let other = Error::from(
+        client.batch_execute("do $$ begin raise '' using errcode = '54000'; end $$").unwrap_err(),
+    );
+    assert!(!other.is_retryable(), "{other:?}");
+    assert_eq!(drain(&queue, "t").len(), 5);
+    // What is off is off for one transaction.
+    let setting = |tx: &mut postgres::Transaction<'_>| {
+        let sql = "select coalesce(current_setting('pushpop_pg.notify', true), '')";
+        Ok(tx.query_one(sql, &[])?.get::<_, String>(0))
+    };
+    assert_eq!(queue.transaction(setting).unwrap(), "");
+}
+
+/// One session that listens and leaves a transaction open is enough. Before PostgreSQL 17 that takes 8 GB.
+#[test]
+fn nobody_fails_for_a_full_queue_of_notifications() {
+    let version: i32 = {
+        let sql = "select current_setting('server_version_num')::int";
+        World::new().client().query_one(sql, &[]).unwrap().get(0)
+    };
+    if version < 170_000 {
+        return;
+    }
+    let server = Server::with(&[("max_notify_queue_pages", "64")]).unwrap();
+    let world = World::on(&server.url());
+    let queue = world.queue();
+    let mut culprit = world.client();
+    culprit.batch_execute("listen x").unwrap();
+    culprit.batch_execute("begin; select 1").unwrap();
+    let mut client = world.client();
+    let flood = "select pg_notify('x', i || repeat('x', 4000)) from generate_series(1, 10) i";
+    until("the queue is full", || client.batch_execute(flood).is_err());
+    let refused = client.batch_execute("notify y").unwrap_err();
+    assert!(Error::from(refused).is_retryable(), "by its codes");
+
+    thread::scope(|scope| {
+        let popped = scope.spawn(|| pop_for(&queue, "other").complete().unwrap());
+        until_wanted(&world, &mut client, "other");
+        let push = world.sql("select pushpop.push($1, $2)");
+        client.execute(&push, &[&"other", &&b"by sql"[..]]).unwrap();
+        popped.join().unwrap();
+    });
+    queue.push("t", "pushed").unwrap();
+    queue.transaction(|tx| queue.push_in(tx, "t", "in a transaction")).unwrap();
+    pop(&queue, "t").release().unwrap();
+    queue.topic("t").pause().unwrap();
+    queue.topic("t").resume().unwrap();
+    assert_eq!(drain(&queue, "t"), ["pushed", "in a transaction"]);
+
+    culprit.batch_execute("rollback").unwrap();
+    until("the queue is read", || {
+        client.query_one("select pg_notification_queue_usage()", &[]).unwrap().get::<_, f64>(0) < 0.5
     });
 }
