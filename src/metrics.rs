@@ -46,7 +46,7 @@ use crate::observer::{Abandoned, Flight, Handled, LeaseLost, Observer, Popped, P
 /// | `pushpop_flight_messages` | kind | how many messages a statement carried |
 /// | `pushpop_handler_duration_seconds` | topic, outcome | the time that a handler ran |
 ///
-/// `kind` is `push`, `pop` or `settle`. A histogram's own count is that of all statements, or handlers.
+/// `kind` is `push`, `pop`, `settle` or `turn`, which is a worker's settles and pops. A histogram's own count is that of all statements, or handlers.
 /// What is done in a transaction of the caller's is not counted: nobody tells whether it was committed.
 ///
 /// The first 100 topics that something is told of have a `topic` of their own, all later ones share `other`:
@@ -372,6 +372,18 @@ mod tests {
             assert_eq!(figures.get(series), Some(value), "{series}");
         }
         assert_eq!(figures.series(), expected.map(|(series, _)| series));
+
+        // The labels of a row of the tables.
+        for (series, _) in expected {
+            let (name, labels) = series.split_once('{').unwrap_or((series, ""));
+            let labels = labels.split(',').filter_map(|label| Some(label.split_once('=')?.0));
+            let name = name.trim_end_matches("_sum").trim_end_matches("_count");
+            let row = format!("/// | `{name}` |");
+            let row = include_str!("metrics.rs").lines().find(|line| line.starts_with(&row));
+            let shown = row.and_then(|row| row.split('|').nth(2)).unwrap_or("no row");
+            let shown = shown.split(',').map(str::trim).filter(|label| !label.is_empty());
+            assert_eq!(shown.collect::<Vec<_>>(), labels.collect::<Vec<_>>(), "{name}");
+        }
     }
 
     #[test]

@@ -220,8 +220,8 @@ CREATE FUNCTION pushpop.check_push(delay double precision, ready_at timestamp wi
 begin
   if not (delay >= 0 and delay <= 250000000000) then
     perform "pushpop".refuse(format('a delay has 0 to 250000000000 seconds, not %s', delay));
-  elsif not (ready_at >= '-infinity' and ready_at > '0001-01-01 00:00:00+00' and ready_at < '9999-12-31 00:00:00+00') then
-    perform "pushpop".refuse(format('a message is ready between the years 1 and 9999, not at %s', ready_at));
+  elsif not (ready_at >= '0002-01-01 00:00:00+00' and ready_at < '9999-01-01 00:00:00+00') then
+    perform "pushpop".refuse(format('a message is ready between the years 2 and 9998, not at %s', ready_at));
   elsif delay is not null and ready_at is not null then
     perform "pushpop".refuse('a message has a delay or a time, not both');
   end if;

@@ -3,6 +3,7 @@
 //! A block of Rust in a page of Markdown is a program, or items, without hidden lines. Of one in the documentation of a crate
 //! the visible lines are a program, or items, or what stands in a function that returns a `Result`.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -195,4 +196,62 @@ fn every_block_compiles_as_it_is_shown() {
         .output()
         .unwrap();
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+}
+
+/// The words between these two in a file: literals of the code, or between backticks.
+fn words(file: &str, from: &str, to: &str, quote: char) -> BTreeSet<String> {
+    let text = read(file);
+    let (_, rest) = text.split_once(from).unwrap_or_else(|| panic!("{file}: no {from:?}"));
+    let (part, _) = rest.split_once(to).unwrap_or_else(|| panic!("{file}: no {to:?} after {from:?}"));
+    part.split(quote).skip(1).step_by(2).map(str::to_owned).collect()
+}
+
+/// The documentation names all values that a label of a figure, or a word of an event, can have.
+#[test]
+fn words_of_events_are_those_of_the_code() {
+    let kinds = words("src/lane.rs", "fn word(self) -> &'static str {", "\n    }\n", '"');
+    assert!(kinds.len() >= 4, "{kinds:?}");
+    assert_eq!(words("src/metrics.rs", "/// `kind` is ", ". ", '`'), kinds);
+    assert_eq!(words("src/observer.rs", "    Flight {\n", "kind:", '`'), kinds);
+
+    let mut verbs = words("src/calls.rs", "fn word(&self) -> &'static str {", "\n    }\n", '"');
+    assert!(verbs.len() >= 6, "{verbs:?}");
+    assert_eq!(words("src/observer.rs", "        /// Its id.\n        id: Uuid,\n", "outcome:", '`'), verbs);
+    assert_eq!(words("src/observer.rs", "/// What was attempted", "outcome:", '`'), verbs);
+    // An extension has a figure of its own.
+    assert!(verbs.remove("extend"));
+    assert_eq!(words("src/metrics.rs", "| messages that were settled: ", " |\n", '`'), verbs);
+}
+
+/// What was measured is what is published, and of all that takes part.
+#[test]
+fn the_published_figures_are_those_that_were_measured() {
+    let results = read("benches/peers/results.jsonl");
+    let field = |line: &str, name: &str| -> Option<String> {
+        let (_, rest) = line.split_once(&format!("\"{name}\":"))?;
+        // A text, or a number.
+        match rest.strip_prefix('"') {
+            Some(text) => Some(text.split('"').next()?.to_owned()),
+            None => Some(rest.split([',', '}']).next()?.to_owned()),
+        }
+    };
+    let mut expected = Vec::new();
+    for line in results.lines() {
+        let number = |name: &str| -> String {
+            let Some(value) = field(line, name) else { return String::new() };
+            let digits = format!("{:.0}", value.parse::<f64>().unwrap());
+            let (thousands, rest) = digits.split_at(digits.len().saturating_sub(3));
+            if thousands.is_empty() { rest.to_owned() } else { format!("{thousands},{rest}") }
+        };
+        let name = field(line, "system").unwrap();
+        let shown = if name == "pushpop-pg" { "**pushpop-pg**" } else { &name };
+        let cells = ["in_turn", "push", "drain", "msgs_per_s", "cpu_us"].map(number).join(" | ");
+        expected.push(format!("| {shown} | {cells} |"));
+    }
+    let readme = read("README.md");
+    let (_, performance) = readme.split_once("\n## Performance\n").unwrap();
+    let rows = performance.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| |"));
+    assert_eq!(rows.collect::<Vec<_>>(), expected);
+    let drawn = read("benches/peers/results.svg").matches("text-anchor=\"end\"").count();
+    assert_eq!(drawn, expected.len());
 }

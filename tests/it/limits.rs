@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use postgres::Client;
-use pushpop_pg::time::OffsetDateTime;
-use pushpop_pg::{Error, ErrorKind, NewMessage};
+use pushpop_pg::time::{Date, Month, OffsetDateTime, PrimitiveDateTime, Time, UtcOffset};
+use pushpop_pg::{Error, ErrorKind, NewMessage, Queue, TopicSettings, Worker, uuid::Uuid};
 
 use crate::world::{World, pop, stats};
 
@@ -291,6 +291,239 @@ fn sql_has_the_same_limits() {
     let topics = queue.topics().unwrap();
     assert_eq!(topics.iter().map(|t| t.topic()).collect::<Vec<_>>(), ["leased"], "nothing was written");
     lease.complete().unwrap();
+}
+
+/// The first and the last moment at which a message may be ready, and those beside them.
+#[test]
+fn times_end_at_the_same_moments_in_rust_and_sql() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    let at = |year: i32, end: bool| {
+        let (month, day) = if end { (Month::December, 31) } else { (Month::January, 1) };
+        let time = if end { Time::from_hms_micro(23, 59, 59, 999_999).unwrap() } else { Time::MIDNIGHT };
+        PrimitiveDateTime::new(Date::from_calendar_date(year, month, day).unwrap(), time).assume_utc()
+    };
+    let moments =
+        [(at(1, true), false), (at(2, false), true), (at(9998, true), true), (at(9999, false), false)];
+    for (moment, is_good) in moments {
+        // Of another offset the year is another one.
+        for hours in [-12, 0, 12] {
+            let Some(there) = moment.checked_to_offset(UtcOffset::from_hms(hours, 0, 0).unwrap()) else {
+                continue;
+            };
+            let pushed = queue.push("t", NewMessage::new("m").ready_at(there));
+            assert_eq!(pushed.is_ok(), is_good, "{there}: {pushed:?}");
+        }
+        let mut accepts = |sql: &str, id: Option<Uuid>| {
+            let sql = world.sql(&format!("select pushpop.{sql}"));
+            let called = client.query(&sql, &[&moment, &id]);
+            let refused = called.err().map(|e| e.as_db_error().unwrap().clone());
+            assert!(refused.iter().all(|e| e.code().code() == "22023"), "{sql}: {refused:?}");
+            refused.is_none()
+        };
+        assert_eq!(accepts("push('t', 'm', id => $2, ready_at => $1)", None), is_good, "{moment}");
+        let many = "push_many('t', array[coalesce($2, gen_random_uuid())], array['m'], ready_ats => array[$1::timestamptz])";
+        assert_eq!(accepts(many, None), is_good, "{moment}");
+        let id = queue.push("other", NewMessage::new("m").delay(Duration::from_secs(600))).unwrap();
+        assert_eq!(queue.topic("other").reschedule_at(id, moment).is_ok(), is_good, "{moment}");
+        assert_eq!(accepts("reschedule('other', $2, ready_at => $1)", Some(id)), is_good, "{moment}");
+    }
+}
+
+#[test]
+fn sql_takes_what_is_just_within_the_limits() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    queue.push("t", "m").unwrap();
+    for call in [
+        "push(repeat('t', 255), 'x')",
+        "push('t', repeat('x', 16777216))",
+        "push('t', '')",
+        "push('t', 'x', delay => 0)",
+        "push('t', 'x', delay => 250000000000)",
+        "push('t', 'x', max_attempts => 0)",
+        "push('t', 'x', max_attempts => 32767, fallback => 0)",
+        "push('t', 'x', headers => (select jsonb_object_agg(i::text, '') from generate_series(1, 64) i))",
+        "push('t', 'x', headers => jsonb_build_object('n', repeat('v', 16383)))",
+        "push_many('t', array(select gen_random_uuid() from generate_series(1, 10000)), array_fill('x'::text, '{10000}'))",
+        "pop('t', 1, 1)",
+        "pop('t', 1, 86400)",
+        "pop('t', 1000)",
+        "peek('t', 1000)",
+        "dead_letters('t', 1000)",
+        "set_topic('t', 86400, 32767, 250000000000, 250000000000)",
+        "purge_dead('t', 250000000000, 100000)",
+        "redrive_all('t', max => 10000)",
+        "wait_for('t', within => 3600)",
+        "upkeep('t', 100000)",
+    ] {
+        client
+            .query(&world.sql(&format!("select pushpop.{call}")), &[])
+            .unwrap_or_else(|e| panic!("{call}: {e:?}"));
+    }
+}
+
+/// The numbers in a text, those of bytes and times in bytes and seconds.
+fn numbers(text: &str) -> Vec<u64> {
+    let mut numbers = Vec::new();
+    let mut rest = text;
+    while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
+        rest = &rest[at..];
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != ',').unwrap_or(rest.len());
+        let (number, behind) = rest.split_at(end);
+        let number: u64 = number.replace(',', "").parse().unwrap();
+        let unit = [(" MiB", 1 << 20), (" KiB", 1 << 10), (" h", 3_600)];
+        let is_word = |rest: &str| !rest.starts_with(char::is_alphanumeric);
+        let unit = unit.iter().find(|(name, _)| behind.strip_prefix(name).is_some_and(is_word));
+        let unit = unit.map_or(1, |(_, of)| *of);
+        numbers.push(number * unit);
+        rest = behind;
+    }
+    numbers
+}
+
+/// The limits that an error names, without the value that was given.
+fn limits(error: &str) -> Vec<u64> {
+    numbers(error.rsplit_once("not ").map_or(error, |(limits, _)| limits))
+}
+
+/// A row of the tables of limits: what it says there, and what happens beyond.
+type Row<'a> = (&'a str, Box<dyn Fn() -> Error + 'a>, Option<&'a str>);
+
+/// A limit stands in the code, in the schema, and on the page.
+#[test]
+fn limits_are_the_same_in_rust_in_sql_and_on_the_page() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    let m = || NewMessage::new("m");
+    let long = Duration::from_secs(250_000_000_001);
+    let id = Uuid::new_v4();
+    let push = |message: NewMessage| queue.push("t", message).unwrap_err();
+    let open = |builder: pushpop_pg::Builder| builder.connect(&world.url).map(drop).unwrap_err();
+    let of = |queue: &Queue, settings: TopicSettings| queue.topic("t").set(&settings).unwrap_err();
+    let rows: Vec<Row<'_>> = vec![
+        ("| topic |", Box::new(|| queue.push("", "m").unwrap_err()), Some("push('', 'm')")),
+        (
+            "| payload |",
+            Box::new(|| push(NewMessage::new(vec![0; (16 << 20) + 1]))),
+            Some("push('t', convert_to(repeat('x', 16777217), 'UTF8'))"),
+        ),
+        ("| payload |", Box::new(|| open(world.builder().max_payload((256 << 20) + 1))), None),
+        (
+            "| headers of a message |",
+            Box::new(|| push((0..65).fold(m(), |m, i| m.header(i.to_string(), "")))),
+            Some(
+                "push('t', 'm', headers => (select jsonb_object_agg(i::text, '') from generate_series(1, 65) i))",
+            ),
+        ),
+        (
+            "| headers of a message |",
+            Box::new(|| push(m().header("n", "v".repeat(16_384)))),
+            Some("push('t', 'm', headers => jsonb_build_object('n', repeat('v', 16384)))"),
+        ),
+        (
+            "| messages and bytes in one [`push_many`]",
+            Box::new(|| queue.push_many("t", vec![""; 10_001]).unwrap_err()),
+            Some(
+                "push_many('t', array(select gen_random_uuid() from generate_series(1, 10001)),
+                           array_fill('x'::text, '{10001}'))",
+            ),
+        ),
+        (
+            "| messages in one [`pop_many`]",
+            Box::new(|| queue.pop_many("t", 1_001, Duration::ZERO).unwrap_err()),
+            Some("pop('t', 1001)"),
+        ),
+        (
+            "| messages in one [`pop_many`]",
+            Box::new(|| queue.topic("t").peek(1_001).unwrap_err()),
+            Some("peek('t', 1001)"),
+        ),
+        (
+            "| messages in one [`pop_many`]",
+            Box::new(|| queue.topic("t").dead(1_001).unwrap_err()),
+            Some("dead_letters('t', 1001)"),
+        ),
+        (
+            "| topics of one [`pop_any`]",
+            Box::new(|| queue.pop_any(&vec!["t"; 1_001], Duration::ZERO).map(drop).unwrap_err()),
+            None,
+        ),
+        (
+            "| threads of one handler",
+            Box::new(|| Worker::new(&queue).handle("t", 10_001, |_| Ok(())).run().map(drop).unwrap_err()),
+            None,
+        ),
+        (
+            "| ids in one [`redrive`]",
+            Box::new(|| queue.topic("t").redrive(&vec![id; 10_001]).unwrap_err()),
+            Some("redrive('t', array(select gen_random_uuid() from generate_series(1, 10001)))"),
+        ),
+        (
+            "| delay, backoff, age |",
+            Box::new(|| push(m().delay(long))),
+            Some("push('t', 'm', delay => 250000000001)"),
+        ),
+        (
+            "| delay, backoff, age |",
+            Box::new(|| of(&queue, TopicSettings::default().with_backoff(Duration::ZERO, long))),
+            Some("set_topic('t', null, null, 0, 250000000001)"),
+        ),
+        (
+            "| delay, backoff, age |",
+            Box::new(|| queue.topic("t").purge_dead(long).unwrap_err()),
+            Some("purge_dead('t', 250000000001)"),
+        ),
+        (
+            "| delay, backoff, age |",
+            Box::new(|| queue.topic("t").reschedule(id, long).unwrap_err()),
+            Some("reschedule('t', gen_random_uuid(), 250000000001)"),
+        ),
+        (
+            "| [`ready_at`]",
+            Box::new(|| push(m().ready_at(OffsetDateTime::UNIX_EPOCH.replace_year(9999).unwrap()))),
+            Some("push('t', 'm', ready_at => '9999-01-01 00:00+00')"),
+        ),
+        (
+            "| max attempts of the [message]",
+            Box::new(|| push(m().max_attempts(32_768))),
+            Some("push('t', 'm', max_attempts => 32768)"),
+        ),
+        (
+            "| [`with_lease`]",
+            Box::new(|| queue.with_lease(Duration::from_secs(86_401)).try_pop("t").map(drop).unwrap_err()),
+            Some("pop('t', 1, 86401)"),
+        ),
+        ("| [`pool_size`]", Box::new(|| open(world.builder().pool_size(1_001))), None),
+    ];
+    let page = include_str!("../../src/lib.rs");
+    for (row, call, sql) in &rows {
+        let line =
+            page.lines().find_map(|line| line.strip_prefix("//! ").filter(|line| line.starts_with(row)));
+        let mut shown = numbers(line.unwrap_or_else(|| panic!("no row {row}")));
+        // To be empty, or none of it, is not said everywhere.
+        shown.extend([0, 1]);
+        let error = call();
+        assert_eq!(error.kind(), ErrorKind::Invalid, "{row} {error}");
+        let ours = limits(&error.to_string());
+        assert!(
+            ours.iter().any(|n| *n > 1) && ours.iter().all(|n| shown.contains(n)),
+            "{row} {error}: {ours:?}, not {shown:?}"
+        );
+        let Some(sql) = sql else { continue };
+        let refused = client.query(&world.sql(&format!("select pushpop.{sql}")), &[]).unwrap_err();
+        let refused = refused.as_db_error().unwrap();
+        assert_eq!(refused.code().code(), "22023", "{row} {refused:?}");
+        let theirs = limits(refused.message());
+        assert!(theirs.iter().all(|n| shown.contains(n)), "{row} {refused}: {theirs:?}, not {shown:?}");
+        assert_eq!(ours.iter().max(), theirs.iter().max(), "{row} {error}, but {refused}");
+    }
+    let readme =
+        include_str!("../../README.md").lines().find(|line| line.starts_with("| payload, headers, topic |"));
+    assert_eq!(numbers(readme.unwrap()), [16 << 20, 64, 16 << 10, 255]);
 }
 
 #[test]

@@ -74,7 +74,12 @@ fn its_queries_run() {
     drop(queue);
     let mut client = world.client();
     let mut run = 0;
-    for block in blocks(&document()) {
+    let document = document();
+    let within_lines = quotes(&document).into_iter().map(|(_, quote)| quote);
+    let within_lines = within_lines.filter(|quote| {
+        quote.starts_with("select ") && (quote.contains(" pushpop.") || quote.contains("()"))
+    });
+    for block in blocks(&document).into_iter().chain(within_lines) {
         // Roles and databases belong to the whole server.
         if ["alter role", "database app", " to producer"].iter().any(|words| block.contains(words)) {
             continue;
@@ -187,37 +192,259 @@ fn its_grants_are_enough_and_not_too_much() {
     client.batch_execute(&world.sql("select from pushpop.messages")).unwrap_err();
 }
 
-/// Symptoms in the words of PostgreSQL, the driver or the system, by how they begin.
-const OF_OTHERS: &[&str] = &["error connecting to server:", "commit()"];
+/// Texts of PostgreSQL, the driver or the system that the document quotes.
+const TEXTS_OF_OTHERS: &[&str] = &[
+    "error connecting to server",
+    "Connection refused (os error 111)",
+    "Connection refused",
+    "failed to lookup address information",
+    "password authentication failed for user \"..\"",
+    "invalid configuration",
+    "password missing",
+    "no pg_hba.conf entry for host .., no encryption",
+    "error performing TLS handshake",
+    "server does not support TLS",
+    "sorry, too many clients already",
+    "remaining connection slots are reserved for non-replication superuser connections",
+    "too many connections for role \"..\"",
+    "cannot execute INSERT in a read-only transaction",
+    "database does not allow writes",
+    "prepared statement \"..\" already exists",
+    "does not exist",
+    "permission denied for schema pushpop",
+    "permission denied for table messages",
+    "permission denied for function pop",
+    "permission denied for function heartbeat",
+    "permission denied for function upkeep",
+    "for function ..",
+    "for database ..",
+    "function .. does not exist",
+    "relation \"messages\" already exists",
+    "role \"owner\" does not exist",
+    "connection closed",
+    "the database system is shutting down",
+    "canceling statement due to lock timeout",
+    "current transaction is aborted, commands ignored until end of transaction block",
+    "terminating connection due to idle-in-transaction timeout",
+    "No space left on device",
+    "could not extend file \"..\"",
+    "200000 are dead but not yet removable",
+    "no response",
+    "could not serialize access ..",
+    "deadlock detected",
+    "connection to the remote node failed",
+    "too many notifications in the NOTIFY queue",
+    "is among those with the oldest transactions",
+    ".. due to transaction timeout",
+];
 
-/// A text that is changed in the code has to be changed in the document.
+/// What is typed elsewhere than in a block of SQL, by how it begins.
+const COMMANDS: &[&str] = &[
+    "select ",
+    "grant ",
+    "create subscription ",
+    "vacuum ",
+    "rollback ",
+    "show ",
+    "pushpop.",
+    "pg_isready ",
+    "host=",
+    "terminationGracePeriodSeconds:",
+];
+
+/// Names of PostgreSQL's, or of other programs.
+const NAMES_OF_OTHERS: &[&str] = &[
+    "--no-privileges",
+    "--schema",
+    "--schema-only",
+    "RUST_LOG=pushpop_pg=debug",
+    "SyncRep",
+    "TimeoutStopSec=65",
+    "active",
+    "analyze",
+    "autovacuum_naptime",
+    "commit()",
+    "connection limit",
+    "default_transaction_read_only",
+    "examples/prometheus-rules.yml",
+    "hot_standby_feedback",
+    "idle_in_transaction_session_timeout",
+    "max_connections",
+    "open_for",
+    "pg_drop_replication_slot",
+    "pg_dump",
+    "pg_monitor",
+    "pg_wal",
+    "pool_mode",
+    "preStop",
+    "psql",
+    "superuser_reserved_connections",
+    "synchronous_standby_names",
+    "target_session_attrs=read-write",
+    "xmin",
+];
+
+/// The literals of a source file, Rust or SQL: what it can say.
+fn literals(file: &str, text: &str) -> Vec<String> {
+    let (quote, comment) = if file.ends_with(".sql") { ('\'', "--") } else { ('"', "//") };
+    // A comment behind a line of SQL may have an apostrophe; of Rust, a literal may have two slashes.
+    let lines = text.lines().map(|line| match line.find(comment) {
+        Some(at) if quote == '\'' || line[..at].trim().is_empty() => &line[..at],
+        _ => line,
+    });
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let mut literals = Vec::new();
+    let mut rest = text.replace("'\"'", "").replace("'\\\"'", "");
+    while let Some(at) = rest.find(quote) {
+        let mut literal = String::new();
+        let mut chars = rest[at + 1..].char_indices().peekable();
+        let mut end = rest.len();
+        while let Some((i, c)) = chars.next() {
+            match c {
+                '\\' if quote == '"' => match chars.next() {
+                    // A literal that goes on in the next line.
+                    Some((_, '\n')) => while chars.next_if(|(_, c)| c.is_whitespace()).is_some() {},
+                    Some((_, escaped)) => literal.push(escaped),
+                    None => {}
+                },
+                c if c == quote => {
+                    end = at + 1 + i + 1;
+                    break;
+                }
+                c => literal.push(c),
+            }
+        }
+        literals.push(literal);
+        rest = rest.split_off(end);
+    }
+    literals
+}
+
+/// What stands between backticks, but for blocks, each with the number of its line.
+fn quotes(document: &str) -> Vec<(usize, String)> {
+    let mut quotes = Vec::new();
+    let mut text = String::new();
+    let mut in_block = false;
+    for line in document.lines() {
+        in_block ^= line.starts_with("```");
+        if !in_block && !line.starts_with("```") {
+            text.push_str(line);
+        }
+        text.push('\n');
+    }
+    let mut at = 0;
+    while let Some(begin) = text[at..].find('`').map(|found| at + found) {
+        let ticks = text[begin..].chars().take_while(|c| *c == '`').count();
+        let fence = "`".repeat(ticks);
+        let end = begin + ticks + text[begin + ticks..].find(&fence).expect("a quote that does not end");
+        let line = text[..begin].matches('\n').count() + 1;
+        quotes.push((line, text[begin + ticks..end].replace('\n', " ")));
+        at = end + ticks;
+    }
+    quotes
+}
+
+/// A text without what differs from one time to the next: names in quotes, and numbers.
+fn pieces(text: &str) -> Vec<String> {
+    let mut fixed = String::new();
+    let mut chars = text.chars().peekable();
+    while let Some(c) = chars.next() {
+        if c == '"' {
+            chars.by_ref().find(|c| *c == '"');
+            fixed.push('\0');
+        } else if c.is_ascii_digit() {
+            while chars.next_if(|c| c.is_ascii_digit() || *c == '.').is_some() {}
+            chars.next_if_eq(&'s');
+            fixed.push('\0');
+        } else {
+            fixed.push(c);
+        }
+    }
+    let fixed = fixed.replace("..", "\0").replace(": ", "\0").replace("; ", "\0");
+    fixed.split('\0').map(|piece| piece.trim().to_owned()).filter(|piece| piece.len() > 1).collect()
+}
+
+/// A text that is changed in the code has to be changed in the document: error texts, log lines, names, wherever they stand.
 #[test]
 fn its_texts_are_those_of_the_code() {
     let mut code = String::new();
-    for folder in ["src", "src/schema", "sql/0001"] {
-        for entry in fs::read_dir(PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder)).unwrap() {
+    let mut said = Vec::new();
+    let mut folders: Vec<PathBuf> =
+        ["src", "sql/0001"].map(|folder| PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(folder)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
-            let Ok(lines) = fs::read_to_string(path) else { continue };
-            // A literal that goes on in the next line.
-            let mut parts = lines.split("\\\n");
-            code.push_str(parts.next().unwrap());
-            parts.for_each(|part| code.push_str(part.trim_start()));
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read_to_string(&path).unwrap();
+            said.extend(literals(path.to_str().unwrap(), &text));
+            code.push_str(&text);
         }
     }
-    let document = document();
-    let mut checked = 0;
-    for symptom in symptoms(&document) {
-        let Some(text) = symptom.strip_prefix('`').and_then(|text| text.strip_suffix('`')) else { continue };
-        if text.contains("SQLSTATE") || OF_OTHERS.iter().any(|words| text.starts_with(words)) {
+    let others: Vec<Vec<String>> = TEXTS_OF_OTHERS.iter().map(|text| pieces(text)).collect();
+    let mut used = BTreeSet::new();
+    let (mut wrong, mut ours) = (Vec::new(), 0);
+    for (line, quote) in quotes(&document()) {
+        if COMMANDS.iter().any(|command| quote.starts_with(command)) {
+            for call in quote.split("pushpop.").skip(1) {
+                let name = call.split(|c: char| !c.is_ascii_lowercase() && c != '_').next().unwrap();
+                if !code.contains(&format!("pushpop.{name}")) {
+                    wrong.push(format!("{line}: pushpop.{name}"));
+                }
+            }
             continue;
         }
-        // Of an error of ours, the last words are added to others.
-        for part in text.split([';', ',']).flat_map(|part| part.split("..")) {
-            let part = part.trim().trim_matches(['"', ':']);
-            let numbers = part.split(|c: char| c.is_ascii_digit()).next().unwrap().trim();
-            assert!(code.contains(numbers), "{numbers:?} of {text:?} is not in the code");
+        if let Some(name) = NAMES_OF_OTHERS.iter().find(|name| **name == quote) {
+            used.insert(*name);
+            continue;
         }
-        checked += 1;
+        // As in Builder::pooler(true), or ErrorKind::Timeout.
+        if let Some((of, rest)) =
+            quote.split_once("::").filter(|(of, _)| of.chars().all(char::is_alphanumeric))
+        {
+            let member = rest.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap();
+            let is_there = code.contains(&format!("fn {member}"))
+                || code.lines().any(|line| line.trim_start().starts_with(member));
+            if !is_there && of != "std" {
+                wrong.push(format!("{line}: {quote}"));
+            }
+            continue;
+        }
+        if !quote.contains(' ') {
+            let name = quote.split('(').next().unwrap();
+            if !code.contains(name) {
+                wrong.push(format!("{line}: {quote} is no name of the code, nor listed as one of others"));
+            }
+            continue;
+        }
+        let quote = quote.split(" (SQLSTATE").next().unwrap();
+        let mut is_ours = false;
+        let parts = pieces(quote);
+        if let Some(at) = others.iter().position(|text| *text == parts) {
+            used.insert(TEXTS_OF_OTHERS[at]);
+            continue;
+        }
+        for piece in parts {
+            let of_topic = piece.strip_suffix(" on topic");
+            if said.iter().any(|literal| literal.contains(&piece) || of_topic == Some(literal)) {
+                is_ours = true;
+            } else if let Some(at) = others.iter().position(|text| text.contains(&piece)) {
+                used.insert(TEXTS_OF_OTHERS[at]);
+            } else {
+                wrong.push(format!(
+                    "{line}: {piece:?} of {quote:?} is neither in the code nor listed as a text of others"
+                ));
+            }
+        }
+        ours += usize::from(is_ours);
     }
-    assert!(checked >= 12, "{checked}");
+    for text in TEXTS_OF_OTHERS.iter().chain(NAMES_OF_OTHERS) {
+        if !used.contains(text) {
+            wrong.push(format!("{text:?} is listed, and not in the document"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(ours >= 25, "{ours}");
 }
