@@ -14,8 +14,9 @@ use crate::calls::Calls;
 use crate::engine::{Engine, Settings};
 use crate::error::{Error, Result};
 use crate::limits;
-use crate::link::{Links, Open, Route, bury, lock_patience, open_with};
+use crate::link::{Links, Open, Route, lock_patience, open_with};
 use crate::observer::{Observer, Silent};
+use crate::outside::outside;
 use crate::queue::{Handle, Queue};
 use crate::schema::Schema;
 use crate::url::Asked;
@@ -283,11 +284,17 @@ impl Builder {
         let asks = is_doubtful && encrypts && !self.pooler;
         let is_plain = self.prepare(&route, &schema, asks)?;
         if is_plain {
-            tracing::warn!("connections to another host are not encrypted: the server did not agree to it");
+            outside(|| {
+                tracing::warn!(
+                    "connections to another host are not encrypted: the server did not agree to it"
+                )
+            });
         } else if is_doubtful && !encrypts {
-            tracing::warn!(
-                "connections to another host are not encrypted: there is neither the feature `rustls` nor a Builder::tls"
-            );
+            outside(|| {
+                tracing::warn!(
+                    "connections to another host are not encrypted: there is neither the feature `rustls` nor a Builder::tls"
+                );
+            });
         }
 
         let settings = Settings {
@@ -380,14 +387,14 @@ impl Builder {
     fn prepare(&self, route: &Arc<Route>, schema: &Schema, asks: bool) -> Result<bool> {
         let deadline = Instant::now() + self.connect_timeout * 4 + self.operation_timeout;
         let mut client = route.connect(deadline)?;
-        let (schema, migrate) = (schema.clone(), self.migrate);
+        let (route, schema, migrate) = (Arc::clone(route), schema.clone(), self.migrate);
         // What it warns of reaches those who listen on this thread, too.
         let listens = tracing::dispatcher::get_default(Clone::clone);
         crate::link::within(deadline, "pushpop-migrate", move || {
             tracing::dispatcher::with_default(&listens, || {
                 let prepared = schema.prepare(&mut client, migrate, deadline);
                 let prepared = prepared.map(|()| asks && is_plain(&mut client));
-                bury(client);
+                route.bury(client);
                 prepared
             })
         })

@@ -2,8 +2,8 @@
 //! goes on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,8 @@ use crate::engine::{Engine, STRAYS};
 use crate::error::{Error, ErrorKind, Result};
 use crate::lane::{ALONE, Airborne, Cargo, Load, Part, PopJob, State};
 use crate::link::Links;
-use crate::slot::{FlightId, lock};
+use crate::observer::Event;
+use crate::slot::{FlightId, Guard, lock};
 
 /// How long a connection thread looks for more work before it goes to sleep.
 const SPIN: Duration = Duration::from_micros(100);
@@ -23,7 +24,7 @@ const IDLE: Duration = Duration::from_secs(30);
 
 impl Engine {
     pub(crate) fn fly(self: Arc<Self>) {
-        let mut answered = 0;
+        let mut answered = None;
         while let Some((id, load)) = self.next_flight(answered) {
             let started = Instant::now();
             let own = match load {
@@ -35,16 +36,20 @@ impl Engine {
                     if ran.is_err() {
                         task.run(id, Err(Error::panicked()));
                     }
-                    answered = 1;
-                    self.landed(id, Vec::new())
+                    answered = Some(1);
+                    self.landed(id, &[], &[])
                 }
                 Load::Shared(parts) => {
-                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &parts)));
+                    let mut events = Vec::new();
+                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &parts, &mut events)));
                     let outcomes =
                         carried.unwrap_or_else(|_| Outcome::all_failed(&parts, &Error::panicked()));
-                    answered = parts.iter().map(|part| part.cargo.callers()).sum();
-                    self.tell(id, &parts, &outcomes, started);
-                    self.landed(id, parts.into_iter().zip(outcomes).collect())
+                    answered = Some(parts.iter().map(|part| part.cargo.callers()).sum());
+                    self.answer(id, &parts, &outcomes, started, &mut events);
+                    let own = self.landed(id, &parts, &outcomes);
+                    // Callers have their answers, and others may have the connection: however long this takes.
+                    events.iter().for_each(|event| self.tell(event));
+                    own
                 }
             };
             if !own {
@@ -53,12 +58,13 @@ impl Engine {
         }
     }
 
-    fn next_flight(self: &Arc<Self>, answered: usize) -> Option<(FlightId, Load)> {
+    fn next_flight(self: &Arc<Self>, answered: Option<usize>) -> Option<(FlightId, Load)> {
         let mut rested = false;
         let mut state = lock(&self.state);
+        state.telling -= usize::from(answered.is_some());
         loop {
             if state.has_work() && state.in_use < self.settings.pool_size {
-                state = self.gather(state, answered);
+                state = self.gather(state, answered.unwrap_or_default());
             }
             if state.in_use < self.settings.pool_size {
                 state.flights += 1;
@@ -86,11 +92,10 @@ impl Engine {
                 continue;
             }
             state.idle += 1;
-            let (guard, timeout) =
-                self.work.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner);
-            state = guard;
+            let timed_out;
+            (state, timed_out) = state.wait_timeout(&self.work, IDLE);
             state.idle -= 1;
-            if timeout.timed_out() && !state.has_work() {
+            if timed_out && !state.has_work() {
                 break;
             }
         }
@@ -101,7 +106,7 @@ impl Engine {
     /// Lets those who were just answered come back before the next flight leaves, for as long as
     /// each turn of theirs brings requests. It is no timer: a lone caller waits for nobody, and callers
     /// that do not come cost two turns of the scheduler.
-    fn gather<'a>(&'a self, mut state: MutexGuard<'a, State>, answered: usize) -> MutexGuard<'a, State> {
+    fn gather<'a>(&'a self, mut state: Guard<'a, State>, answered: usize) -> Guard<'a, State> {
         if answered < 2 {
             return state;
         }
@@ -128,11 +133,11 @@ impl Engine {
         };
         let alone = matches!(load, Load::Shared(parts) if parts.iter().all(|part| !part.cargo.is_large()));
         state.in_use += 1;
+        state.took_off = Some(since);
         state.airborne.insert(id, Airborne { topics, since, alone });
         self.wake_keeper(state, since + ALONE);
         if state.has_work() {
-            // A failure to start another thread leaves the work to this one.
-            let _ = self.start(state);
+            self.start(state);
         }
     }
 
@@ -143,21 +148,34 @@ impl Engine {
             .map_err(|_| Error::connection(format!("{STRAYS} connections do not answer; no more are opened")))
     }
 
-    fn carry(self: &Arc<Self>, id: FlightId, parts: &[Part]) -> Vec<Outcome> {
+    fn carry<'p>(
+        self: &Arc<Self>,
+        id: FlightId,
+        parts: &'p [Part],
+        events: &mut Vec<Event<'p>>,
+    ) -> Vec<Outcome> {
         let mut link = match self.link() {
             Ok(link) => link,
             Err(e) => return Outcome::all_failed(parts, &e),
         };
         let deadline = Instant::now() + self.settings.operation_timeout;
-        let outcomes = crate::flight::Flight { engine: self, link: &mut link, id, deadline }.carry(parts);
+        let flight = crate::flight::Flight { engine: self, link: &mut link, id, deadline, events };
+        let outcomes = flight.carry(parts);
         if link.was_renewed() {
-            self.observe(|observer| observer.reconnected());
+            events.push(Event::Reconnected);
         }
         outcomes
     }
 
-    /// Answers those whom an error leaves without an answer, and tells the observer.
-    fn tell(&self, id: FlightId, parts: &[Part], outcomes: &[Outcome], started: Instant) {
+    /// Answers those whom an error leaves without an answer, and notes what is to be told.
+    fn answer<'p>(
+        &self,
+        id: FlightId,
+        parts: &'p [Part],
+        outcomes: &[Outcome],
+        started: Instant,
+        events: &mut Vec<Event<'p>>,
+    ) {
         let duration = started.elapsed();
         for (Part { topic, cargo }, outcome) in parts.iter().zip(outcomes) {
             if let Some(error) = &outcome.error {
@@ -178,40 +196,40 @@ impl Engine {
                     .filter(|job| !job.waits || !error.is_retryable())
                     .for_each(|job| drop(job.slot.land(id, Err(error.clone()))));
             }
-            let event = crate::observer::Flight {
+            events.push(Event::Flight(crate::observer::Flight {
                 topic,
                 kind: cargo.kind().word(),
                 callers: cargo.callers(),
                 rows: outcome.rows,
                 duration,
                 succeeded: outcome.error.is_none(),
-            };
-            self.observe(|observer| observer.flight(&event));
+            }));
         }
     }
 
     /// Ends a flight. Returns whether its thread still belongs to the queue.
-    fn landed(self: &Arc<Self>, id: FlightId, parts: Vec<(Part, Outcome)>) -> bool {
+    fn landed(self: &Arc<Self>, id: FlightId, parts: &[Part], outcomes: &[Outcome]) -> bool {
         let mut state = lock(&self.state);
         let own = state.airborne.remove(&id).is_some();
         if own {
             state.in_use -= 1;
+            state.telling += 1;
         }
-        for (Part { topic, cargo }, outcome) in parts {
+        for (Part { topic, cargo }, outcome) in parts.iter().zip(outcomes) {
             self.note_outage(&mut state, outcome.error.as_ref());
-            if let Cargo::Settle(jobs) = &cargo {
+            if let Cargo::Settle(jobs) = cargo {
                 state.unwanted -= jobs.iter().filter(|job| job.unwanted).count();
             }
             if own {
                 let pops = cargo.pops().cloned().collect();
-                self.release_lane(&mut state, &topic, id, pops, &outcome);
+                self.release_lane(&mut state, topic, id, pops, outcome);
             }
             if outcome.rows > 0 {
-                let at = state.note_use(&topic, outcome.rows, self.settings.keep_settled);
+                let at = state.note_use(topic, outcome.rows, self.settings.keep_settled);
                 self.wake_keeper(&mut state, at);
             }
             if let Some(ready) = outcome.pushed {
-                self.wake(&mut state, &topic, ready);
+                self.wake(&mut state, topic, ready);
             }
         }
         if state.closed {
@@ -219,6 +237,10 @@ impl Engine {
         }
         if state.outside_waits > 0 {
             self.work.notify_all();
+        }
+        if state.has_work() {
+            // Most likely this thread takes it, once it has told what is to be told.
+            self.wake_keeper(&mut state, Instant::now() + ALONE);
         }
         own
     }
@@ -295,11 +317,12 @@ impl Engine {
         match error {
             Some(e) if e.kind() == ErrorKind::Connection && !state.outage => {
                 state.outage = true;
-                tracing::warn!("lost the server, trying again: {e}");
+                let e = e.clone();
+                self.teller.note(move || tracing::warn!("lost the server, trying again: {e}"));
             }
             None if state.outage => {
                 state.outage = false;
-                tracing::info!("the server is back");
+                self.teller.note(|| tracing::info!("the server is back"));
             }
             _ => {}
         }

@@ -8,7 +8,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,16 +16,21 @@ use uuid::Uuid;
 
 use crate::calls::{Calls, Grant, Settle, Verb};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{Airborne, Lane, PopJob, PushJob, SettleJob, State, Task, TurnJob};
+use crate::home::Home;
+use crate::lane::{ALONE, Airborne, Lane, PopJob, PushJob, SettleJob, State, Task, TurnJob};
 use crate::link::{Links, Route};
-use crate::observer::Observer;
-use crate::slot::{FlightId, Slot, Waited, lock};
+use crate::observer::{Abandoned, Event, Observer};
+use crate::outside::{Teller, outside};
+use crate::slot::{FlightId, Guard, Slot, Waited, lock};
 
 /// How many threads may hang on connections that do not answer, beside those that work.
 pub(crate) const STRAYS: usize = 16;
 
 /// How long closing waits for what is under way.
 const CLOSING: Duration = Duration::from_secs(1);
+
+/// When it is tried again to start a thread, for what is queued and has none.
+pub(crate) const SHORTAGE: Duration = Duration::from_millis(100);
 
 /// What the builder decided.
 pub(crate) struct Settings {
@@ -45,7 +50,10 @@ pub(crate) struct Engine {
     pub(crate) settings: Settings,
     pub(crate) calls: Calls,
     pub(crate) client: Uuid,
-    pub(crate) observer: Arc<dyn Observer>,
+    pub(crate) home: Home,
+    observer: Arc<dyn Observer>,
+    /// Logs what is noted under a lock.
+    pub(crate) teller: Arc<Teller>,
     pub(crate) route: Arc<Route>,
     pub(crate) pool: r2d2::Pool<Links>,
     pub(crate) state: Mutex<State>,
@@ -72,15 +80,19 @@ impl Engine {
             .min_idle(Some(0))
             .test_on_check_out(false)
             .connection_timeout(settings.operation_timeout)
-            .error_handler(Box::new(r2d2::NopErrorHandler))
-            .build(links)
+            .error_handler(Box::new(r2d2::NopErrorHandler));
+        // It panics when it cannot start its threads.
+        let pool = catch_unwind(AssertUnwindSafe(|| pool.build(links)))
+            .map_err(|_| Error::connection("cannot start the threads of the pool"))?
             .map_err(|e| Error::connection(format!("cannot make the pool: {e}")))?;
         Ok(Arc::new(Engine {
             route,
             settings,
             calls,
             client: Uuid::now_v7(),
+            home: Home::here(),
             observer,
+            teller: Arc::default(),
             pool,
             state: Mutex::default(),
             hint: AtomicBool::new(false),
@@ -90,75 +102,103 @@ impl Engine {
         }))
     }
 
+    /// Tells the observer. Not under a lock.
     pub(crate) fn observe(&self, tell: impl FnOnce(&dyn Observer)) {
-        if catch_unwind(AssertUnwindSafe(|| tell(self.observer.as_ref()))).is_err() {
-            tracing::error!("an observer panicked");
+        if !outside(|| tell(self.observer.as_ref())) {
+            outside(|| tracing::error!("an observer panicked"));
         }
+    }
+
+    /// Tells the observer what happened on a flight.
+    pub(crate) fn tell(&self, event: &Event<'_>) {
+        if let Event::Abandoned(Abandoned { topic, count }) = *event {
+            outside(|| tracing::debug!(topic, count, "releasing messages that nobody waits for any more"));
+        }
+        self.observe(|observer| event.tell(observer));
     }
 
     // Requests.
 
+    /// The state, for what a caller asks.
+    fn enter(&self) -> Result<Guard<'_, State>> {
+        self.home.check()?;
+        Ok(lock(&self.state))
+    }
+
+    /// The same, unless the queue is closed.
+    fn open(&self) -> Result<Guard<'_, State>> {
+        let state = self.enter()?;
+        if state.closed { Err(Error::closed()) } else { Ok(state) }
+    }
+
     pub(crate) fn push(self: &Arc<Self>, topic: &str, job: PushJob) -> Result<()> {
         let mut state = self.open()?;
-        self.enqueue(&mut state, topic, |lane| lane.pushes.push_back(job))
+        self.man(&mut state)?;
+        self.enqueue(&mut state, topic, |lane| lane.pushes.push_back(job));
+        Ok(())
     }
 
     pub(crate) fn pop(self: &Arc<Self>, topic: &str, job: PopJob) -> Result<()> {
         let mut state = self.open()?;
-        self.enqueue(&mut state, topic, |lane| {
-            lane.signal = true;
-            lane.poll = false;
-            lane.pops.push_back(job);
-        })
+        self.man_for_pop(&mut state, &job)?;
+        self.enqueue_pop(&mut state, topic, job);
+        Ok(())
     }
 
     pub(crate) fn settle(self: &Arc<Self>, topic: &str, job: SettleJob) -> Result<()> {
-        let mut state = lock(&self.state);
-        self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job))
+        let mut state = self.enter()?;
+        self.man(&mut state)?;
+        self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job));
+        Ok(())
     }
 
     /// Where to begin with so many, so that each has its turn.
-    pub(crate) fn next_of(&self, count: usize) -> usize {
-        usize::try_from(lock(&self.state).flights).unwrap_or_default() % count.max(1)
+    pub(crate) fn next_of(&self, count: usize) -> Result<usize> {
+        Ok(usize::try_from(self.enter()?.flights).unwrap_or_default() % count.max(1))
     }
 
     /// Pops from whichever of the topics has something first.
     pub(crate) fn pop_any(self: &Arc<Self>, topics: &[Arc<str>], job: &PopJob) -> Result<()> {
         let mut state = self.open()?;
+        self.man_for_pop(&mut state, job)?;
         for topic in topics {
             let elsewhere = topics.iter().filter(|other| *other != topic).cloned().collect();
-            let job = PopJob { elsewhere, ..job.clone() };
-            self.enqueue(&mut state, topic, |lane| {
-                lane.signal = true;
-                lane.poll = false;
-                lane.pops.push_back(job);
-            })?;
+            self.enqueue_pop(&mut state, topic, PopJob { elsewhere, ..job.clone() });
         }
         Ok(())
     }
 
-    /// Settles, and pops in the same flight. Once the queue is closed the pop is refused, and the settle is not.
+    /// Settles, and pops in the same flight. Once the queue is closed the pop is refused, and the settle is not. When
+    /// the settle is refused, so is the pop.
     pub(crate) fn turn(self: &Arc<Self>, topic: &str, job: TurnJob) -> Result<()> {
-        let mut state = lock(&self.state);
+        let manned = self.enter().and_then(|mut state| self.man(&mut state).map(|()| state));
+        let mut state = manned.inspect_err(|e| job.pop.slot.refuse(e.clone()))?;
         if state.closed {
             job.pop.slot.refuse(Error::closed());
-            return self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job.settle));
+            self.enqueue(&mut state, topic, |lane| lane.settles.push_back(job.settle));
+        } else {
+            self.enqueue(&mut state, topic, |lane| lane.turns.push_back(job));
         }
-        self.enqueue(&mut state, topic, |lane| lane.turns.push_back(job))
+        Ok(())
     }
 
     pub(crate) fn task(self: &Arc<Self>, task: Box<dyn Task>) -> Result<()> {
-        let mut state = lock(&self.state);
+        let mut state = self.enter()?;
+        self.man(&mut state)?;
         state.tasks.push_back(task);
-        self.start(&mut state)
+        self.start(&mut state);
+        Ok(())
     }
 
-    fn open(&self) -> Result<MutexGuard<'_, State>> {
-        let state = lock(&self.state);
-        if state.closed { Err(Error::closed()) } else { Ok(state) }
+    fn enqueue_pop(self: &Arc<Self>, state: &mut State, topic: &str, job: PopJob) {
+        self.enqueue(state, topic, |lane| {
+            lane.signal = true;
+            lane.poll = false;
+            lane.pops.push_back(job);
+        });
     }
 
-    fn enqueue(self: &Arc<Self>, state: &mut State, topic: &str, add: impl FnOnce(&mut Lane)) -> Result<()> {
+    fn enqueue(self: &Arc<Self>, state: &mut State, topic: &str, add: impl FnOnce(&mut Lane)) {
         match state.lanes.get_mut(topic) {
             Some(lane) => add(lane),
             None => add(state.lanes.entry(topic.into()).or_default()),
@@ -166,31 +206,63 @@ impl Engine {
         state.gathered += 1;
         state.list(topic);
         // Otherwise the thread whose flight is under way goes on with it.
-        if state.has_work() { self.start(state) } else { Ok(()) }
+        if state.has_work() {
+            self.start(state);
+        }
     }
 
-    /// Makes sure that somebody takes the next flight.
-    pub(crate) fn start(self: &Arc<Self>, state: &mut State) -> Result<()> {
+    /// Makes sure that there is a thread for what is about to be queued: nothing is, if the caller is told that there
+    /// is none.
+    fn man(self: &Arc<Self>, state: &mut State) -> Result<()> {
+        if state.threads > 0 { Ok(()) } else { self.launch(state) }
+    }
+
+    /// The same for a pop. One that waits does so for a thread too, and has the error if none comes.
+    fn man_for_pop(self: &Arc<Self>, state: &mut State, job: &PopJob) -> Result<()> {
+        match self.man(state) {
+            Err(e) if job.waits => job.slot.put_off(e),
+            other => return other,
+        }
+        self.wake_keeper(state, Instant::now() + SHORTAGE);
+        Ok(())
+    }
+
+    /// Sees to it that somebody takes the next flight. If no thread can be started, others that there are take it, or
+    /// the keeper tries again.
+    pub(crate) fn start(self: &Arc<Self>, state: &mut State) {
         if state.spinning > 0 {
             self.hint.store(true, Ordering::Release);
-            return Ok(());
+            return;
         }
         if state.idle > 0 {
             self.work.notify_one();
-            return Ok(());
+            return;
         }
-        if state.threads >= self.settings.pool_size {
-            return Ok(());
+        if state.threads < self.settings.pool_size {
+            let _ = self.launch(state);
+        } else if state.telling > 0 {
+            // Most likely they are back before; else the keeper starts another.
+            self.wake_keeper(state, Instant::now() + ALONE);
         }
+    }
+
+    /// Starts a thread for flights.
+    pub(crate) fn launch(self: &Arc<Self>, state: &mut State) -> Result<()> {
         let engine = Arc::clone(self);
         match thread::Builder::new().name("pushpop-flight".into()).spawn(move || engine.fly()) {
-            Ok(_) => state.threads += 1,
-            Err(e) if state.threads == 0 => {
-                return Err(Error::connection(format!("cannot start a thread: {e}")));
+            Ok(_) => {
+                state.threads += 1;
+                state.shortage = false;
+                Ok(())
             }
-            Err(e) => tracing::warn!("cannot start another thread: {e}"),
+            Err(e) => {
+                let error = Error::connection(format!("cannot start a thread: {e}"));
+                if !std::mem::replace(&mut state.shortage, true) {
+                    self.teller.note(move || tracing::warn!("cannot start another thread: {e}"));
+                }
+                Err(error)
+            }
         }
-        Ok(())
     }
 
     /// Looks for those that wait for a message of the topic, at once or later.
@@ -204,7 +276,7 @@ impl Engine {
             lane.poll = false;
             state.list(topic);
             if state.has_work() {
-                let _ = self.start(state);
+                self.start(state);
             }
         } else {
             let at = Instant::now() + ready_in;
@@ -230,7 +302,13 @@ impl Engine {
 
     pub(crate) fn start_listener(self: &Arc<Self>, state: &mut State) {
         if self.settings.listens && !state.listening && !state.closed {
-            state.listening = crate::listener::start(self, &self.route);
+            match crate::listener::start(self, &self.route) {
+                Ok(()) => (state.listening, state.deaf) = (true, false),
+                Err(e) if !std::mem::replace(&mut state.deaf, true) => {
+                    self.teller.note(move || tracing::warn!("cannot listen, polling instead: {e}"));
+                }
+                Err(_) => {}
+            }
         }
     }
 
@@ -243,7 +321,7 @@ impl Engine {
 
     /// Ends waiting pops, and refuses new requests other than settles.
     pub(crate) fn close(&self) {
-        let mut state = lock(&self.state);
+        let Ok(mut state) = self.enter() else { return };
         state.closed = true;
         for lane in state.lanes.values_mut() {
             for job in lane.pops.drain(..) {
@@ -272,40 +350,43 @@ impl Engine {
             if left.is_zero() {
                 break;
             }
-            state = self.grounded.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.grounded, left).0;
         }
-        tracing::debug!("closed");
+        drop(state);
+        outside(|| tracing::debug!("closed"));
     }
 
+    /// Whether it is closed; to a child of its process it is.
     pub(crate) fn is_closed(&self) -> bool {
-        lock(&self.state).closed
+        self.enter().map_or(true, |state| state.closed)
     }
 
     /// The last handle is gone: threads finish what has piled up, and end.
     pub(crate) fn end(&self) {
-        lock(&self.state).ended = true;
+        let Ok(mut state) = self.enter() else { return };
+        state.ended = true;
+        drop(state);
         self.work.notify_all();
         self.tick.notify_all();
     }
 
-    /// Gives messages back that nobody waits for any more.
-    pub(crate) fn abandon(self: &Arc<Self>, topic: &str, grants: Vec<Grant>) {
+    /// Gives messages back that nobody waits for any more; what is to be told of it, if there are any.
+    pub(crate) fn abandon<'t>(self: &Arc<Self>, topic: &'t str, grants: Vec<Grant>) -> Option<Event<'t>> {
         if grants.is_empty() {
-            return;
+            return None;
         }
-        tracing::debug!(topic, count = grants.len(), "releasing messages that nobody waits for any more");
-        let event = crate::observer::Abandoned { topic, count: grants.len() };
-        self.observe(|observer| observer.abandoned(&event));
+        let count = grants.len();
         let settles = grants
             .into_iter()
             .map(|grant| Settle { id: grant.message.id, token: grant.token, verb: Verb::Release })
             .collect();
+        let job = SettleJob { settles, unwanted: true, slot: Arc::new(Slot::new()) };
         lock(&self.state).unwanted += 1;
-        if let Err(e) = self.settle(topic, SettleJob { settles, unwanted: true, slot: Arc::new(Slot::new()) })
-        {
+        if let Err(e) = self.settle(topic, job) {
             lock(&self.state).unwanted -= 1;
-            tracing::warn!(topic, "cannot release messages, their leases will expire: {e}");
+            outside(|| tracing::warn!(topic, "cannot release messages, their leases will expire: {e}"));
         }
+        Some(Event::Abandoned(Abandoned { topic, count }))
     }
 
     /// A connection for the caller's own thread, for a transaction of its own.
@@ -317,17 +398,19 @@ impl Engine {
                 return Err(state.no_room("no connection became free", self.settings.pool_size));
             }
             state.outside_waits += 1;
-            state = self.work.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.work, left).0;
             state.outside_waits -= 1;
         }
         state.in_use += 1;
         state.lent += 1;
         drop(state);
-        let borrowed = self.link().map(|link| Borrowed { engine: Arc::clone(self), link });
-        if borrowed.is_err() {
-            self.give_back();
+        match self.link() {
+            Ok(link) => Ok(Borrowed { engine: Arc::clone(self), link: Some(link) }),
+            Err(e) => {
+                self.give_back();
+                Err(e)
+            }
         }
-        borrowed
     }
 
     fn give_back(self: &Arc<Self>) {
@@ -336,7 +419,7 @@ impl Engine {
         state.lent -= 1;
         self.work.notify_all();
         if state.has_work() {
-            let _ = self.start(&mut state);
+            self.start(&mut state);
         }
     }
 
@@ -371,11 +454,17 @@ impl State {
 /// A connection on a caller's thread.
 pub(crate) struct Borrowed {
     engine: Arc<Engine>,
-    pub(crate) link: r2d2::PooledConnection<Links>,
+    /// Until it is dropped.
+    pub(crate) link: Option<r2d2::PooledConnection<Links>>,
 }
 
 impl Drop for Borrowed {
     fn drop(&mut self) {
-        self.engine.give_back();
+        if self.engine.home.is_here() {
+            drop(self.link.take());
+            self.engine.give_back();
+        } else {
+            std::mem::forget(self.link.take());
+        }
     }
 }

@@ -115,6 +115,12 @@ impl Error {
             .indeterminate(true)
     }
 
+    /// A thread of the queue's ended before it had an answer.
+    pub(crate) fn died(thread: &str) -> Self {
+        Self::new(ErrorKind::Database, format!("thread {thread} of the queue panicked; this is a defect"))
+            .indeterminate(true)
+    }
+
     pub(crate) fn lease_lost() -> Self {
         Self::new(ErrorKind::LeaseLost, "the lease expired and was handed on, or was settled before")
     }

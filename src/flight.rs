@@ -14,17 +14,19 @@ use crate::error::{Error, Result};
 use crate::lane::{Cargo, Job, Kind, Lane, Part, PopJob, Pops, PushJob, SettleJob, TurnJob, Turns, asked};
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
-use crate::observer::{LeaseLost, Popped, Pushed, Settled};
+use crate::observer::{Event, LeaseLost, Popped, Pushed, Settled};
 use crate::slot::{FlightId, lock};
 
 /// When it is worth looking again for those whose part of a flight was short, or of whom the server does not know yet.
 const SOON: Duration = Duration::from_millis(20);
 
-pub(crate) struct Flight<'a> {
+pub(crate) struct Flight<'a, 'p> {
     pub(crate) engine: &'a Arc<Engine>,
     pub(crate) link: &'a mut Link,
     pub(crate) id: FlightId,
     pub(crate) deadline: Instant,
+    /// To be told once it has landed.
+    pub(crate) events: &'a mut Vec<Event<'p>>,
 }
 
 /// Requests for one topic.
@@ -34,9 +36,9 @@ struct Group<'a, J> {
     jobs: &'a [J],
 }
 
-impl Flight<'_> {
+impl<'p> Flight<'_, 'p> {
     /// Carries out all parts, which are of one kind, in one statement; an outcome for each of them.
-    pub(crate) fn carry(&mut self, parts: &[Part]) -> Vec<Outcome> {
+    pub(crate) fn carry(mut self, parts: &'p [Part]) -> Vec<Outcome> {
         let mut outcomes: Vec<Outcome> = parts.iter().map(|_| Outcome::default()).collect();
         let (mut pushes, mut settles, mut turns, mut pops) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for Part { topic, cargo } in parts {
@@ -59,7 +61,7 @@ impl Flight<'_> {
 
     // Push.
 
-    fn push(&mut self, groups: &[Group<'_, PushJob>], outcomes: &mut [Outcome]) {
+    fn push(&mut self, groups: &[Group<'p, PushJob>], outcomes: &mut [Outcome]) {
         let answers = self.share(groups, Self::push_together, outcomes);
         for ((Group { topic, jobs }, answers), outcome) in groups.iter().zip(answers).zip(outcomes) {
             for (job, answer) in jobs.iter().zip(answers) {
@@ -67,12 +69,11 @@ impl Flight<'_> {
                     outcome.rows += job.messages.len();
                     let first = job.messages.iter().map(|m| m.due.wait()).min();
                     outcome.pushed = outcome.pushed.min(first).or(first).or(outcome.pushed);
-                    let event = Pushed {
+                    self.events.push(Event::Pushed(Pushed {
                         topic,
                         count: job.messages.len(),
                         duplicates: duplicates.iter().filter(|d| **d).count(),
-                    };
-                    self.engine.observe(|observer| observer.pushed(&event));
+                    }));
                 }
                 drop(job.slot.land(self.id, answer));
             }
@@ -124,7 +125,7 @@ impl Flight<'_> {
 
     // Settle.
 
-    fn settle(&mut self, groups: &[Group<'_, SettleJob>], outcomes: &mut [Outcome]) {
+    fn settle(&mut self, groups: &[Group<'p, SettleJob>], outcomes: &mut [Outcome]) {
         let answers = self.share(groups, Self::settle_together, outcomes);
         for ((Group { topic, jobs }, answers), outcome) in groups.iter().zip(answers).zip(outcomes) {
             for (job, answer) in jobs.iter().zip(answers) {
@@ -134,8 +135,8 @@ impl Flight<'_> {
     }
 
     fn answer_settle(
-        &self,
-        topic: &str,
+        &mut self,
+        topic: &'p str,
         job: &SettleJob,
         answer: Result<Vec<Verdict>>,
         outcome: &mut Outcome,
@@ -172,17 +173,17 @@ impl Flight<'_> {
         Ok(split(jobs(), verdicts))
     }
 
-    fn tell_settled(&self, topic: &str, settle: &Settle, verdict: Verdict) {
+    fn tell_settled(&mut self, topic: &'p str, settle: &Settle, verdict: Verdict) {
         let (id, outcome) = (settle.id, settle.verb.word());
-        self.engine.observe(|observer| match verdict {
-            Verdict::Settled | Verdict::Extended(_) => observer.settled(&Settled { topic, id, outcome }),
-            Verdict::Lost | Verdict::Gone => observer.lease_lost(&LeaseLost { topic, id, outcome }),
+        self.events.push(match verdict {
+            Verdict::Settled | Verdict::Extended(_) => Event::Settled(Settled { topic, id, outcome }),
+            Verdict::Lost | Verdict::Gone => Event::LeaseLost(LeaseLost { topic, id, outcome }),
         });
     }
 
     // Pop.
 
-    fn pop(&mut self, parts: &[(&str, &Pops)], outcomes: &mut [Outcome]) {
+    fn pop(&mut self, parts: &[(&'p str, &Pops)], outcomes: &mut [Outcome]) {
         if let [(topic, Pops { poll: true, .. })] = parts {
             match self.look(topic, &mut outcomes[0]) {
                 Ok(true) => {}
@@ -237,7 +238,12 @@ impl Flight<'_> {
     }
 
     /// Hands out what there is, in the order of the requests. Returns whether some of them go on waiting.
-    fn hand_out<'a>(&self, topic: &str, jobs: impl Iterator<Item = &'a PopJob>, grants: Vec<Grant>) -> bool {
+    fn hand_out<'j>(
+        &mut self,
+        topic: &'p str,
+        jobs: impl Iterator<Item = &'j PopJob>,
+        grants: Vec<Grant>,
+    ) -> bool {
         let mut grants = grants.into_iter();
         let mut short = false;
         for job in jobs {
@@ -250,14 +256,14 @@ impl Flight<'_> {
                 }
                 continue;
             }
-            let event = Popped { topic, count: share.len() };
-            match job.slot.land(self.id, Ok(share)) {
-                Ok(()) => self.engine.observe(|observer| observer.popped(&event)),
+            let event = Event::Popped(Popped { topic, count: share.len() });
+            self.events.extend(match job.slot.land(self.id, Ok(share)) {
+                Ok(()) => Some(event),
                 Err(unwanted) => self.engine.abandon(topic, unwanted.unwrap_or_default()),
-            }
+            });
         }
         // One that was called off since may have been counted.
-        self.engine.abandon(topic, grants.collect());
+        self.events.extend(self.engine.abandon(topic, grants.collect()));
         short
     }
 
@@ -274,7 +280,7 @@ impl Flight<'_> {
 
     // Turn.
 
-    fn turn(&mut self, parts: &[(&str, &Turns)], outcomes: &mut [Outcome]) {
+    fn turn(&mut self, parts: &[(&'p str, &'p Turns)], outcomes: &mut [Outcome]) {
         let error = match self.turn_together(parts) {
             Ok((verdicts, grants)) => {
                 let mut verdicts = verdicts.into_iter();

@@ -1,12 +1,13 @@
 //! The keeper: the one thread that does what is due at a certain time.
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::crew::Outcome;
-use crate::engine::Engine;
+use crate::engine::{Engine, SHORTAGE, STRAYS};
 use crate::error::{Error, ErrorKind};
 use crate::lane::{ALONE, State};
+use crate::outside::steadily;
 use crate::slot::{FlightId, lock};
 use crate::upkeep::{Everywhere, Upkeep};
 
@@ -20,6 +21,10 @@ impl Engine {
 
     /// What has to be done at a certain time: looks for those that wait, overdue flights, upkeep.
     pub(crate) fn keep(self: Arc<Self>) {
+        steadily(|| self.keep_on());
+    }
+
+    fn keep_on(self: &Arc<Self>) {
         let minute = Duration::from_secs(60);
         let everywhere = match self.settings.keep_settled {
             Duration::ZERO => minute,
@@ -78,17 +83,37 @@ impl Engine {
             if look_around <= now {
                 look_around = now + everywhere;
                 next = next.min(look_around);
-                state.tasks.push_back(Box::new(Everywhere::new(&self)));
+                state.tasks.push_back(Box::new(Everywhere::new(self)));
             }
-            next = Upkeep::due(&self, &mut state, now).map_or(next, |due| next.min(due));
+            next = Upkeep::due(self, &mut state, now).map_or(next, |due| next.min(due));
             if state.has_work() {
-                let _ = self.start(&mut state);
+                self.start(&mut state);
+                next = self.stand_in(&mut state, now).map_or(next, |again| next.min(again));
             }
 
             state.keeper_until = Some(next);
             let wait = next.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-            state = self.tick.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.tick, wait).0;
         }
+    }
+
+    /// Another thread for what is queued, when all that there are tell what came of their flights, and have been at it
+    /// for a while. Returns when to look again, if that is not sure to do.
+    fn stand_in(self: &Arc<Self>, state: &mut State, now: Instant) -> Option<Instant> {
+        let most = self.settings.pool_size;
+        let is_free = state.idle > 0 || state.spinning > 0;
+        if state.telling > 0
+            && !is_free
+            && state.in_use < most
+            && (most..most + STRAYS).contains(&state.threads)
+        {
+            let again = state.took_off.map_or(now, |at| at + ALONE);
+            if again > now {
+                return Some(again);
+            }
+            let _ = self.launch(state);
+        }
+        (state.threads == 0).then_some(now + SHORTAGE)
     }
 
     /// How long a flight may take before it is written off.
@@ -99,10 +124,10 @@ impl Engine {
     /// Gives a flight up for lost: others take its place.
     pub(crate) fn write_off(self: &Arc<Self>, state: &mut State, id: FlightId) {
         let Some(flight) = state.airborne.remove(&id) else { return };
-        tracing::warn!(
-            "a call has not been answered for {:?}; its connection is left behind",
-            self.settings.operation_timeout
-        );
+        let patience = self.settings.operation_timeout;
+        self.teller.note(move || {
+            tracing::warn!("a call has not been answered for {patience:?}; its connection is left behind");
+        });
         self.route.doubt(flight.since);
         state.in_use -= 1;
         state.threads -= 1;
@@ -111,7 +136,7 @@ impl Engine {
             self.release_lane(state, &topic, id, waiting, &Outcome::failed(error.clone()));
         }
         if state.has_work() {
-            let _ = self.start(state);
+            self.start(state);
         }
     }
 }

@@ -168,6 +168,12 @@ pub(crate) struct State {
     pub(crate) threads: usize,
     pub(crate) idle: usize,
     pub(crate) spinning: usize,
+    /// Threads that tell what came of their flights: nobody knows how long that takes.
+    pub(crate) telling: usize,
+    /// When the last flight took off.
+    pub(crate) took_off: Option<Instant>,
+    /// The last thread for flights could not be started.
+    pub(crate) shortage: bool,
     /// Connections that fly, or that a caller's transaction has.
     pub(crate) in_use: usize,
     /// Those of them that a caller's transaction has.
@@ -181,6 +187,8 @@ pub(crate) struct State {
     pub(crate) unwanted: usize,
     pub(crate) outage: bool,
     pub(crate) listening: bool,
+    /// The last thread to listen could not be started.
+    pub(crate) deaf: bool,
     pub(crate) closed: bool,
     pub(crate) ended: bool,
 }

@@ -44,6 +44,11 @@
 //! what piles up while one statement is under way travels in the next. So use one queue for all threads of a
 //! program, not one for each.
 //!
+//! A process that forks keeps its queues. In the child every call on them, and on their leases and workers, fails at once
+//! with [`Invalid`](ErrorKind::Invalid) and sends nothing: the connections are the parent's, and the threads that serve them
+//! exist only there. Open another queue after the fork. Statements of your own on a connection of the parent, as in a
+//! [`transaction`](Queue::transaction) within which you fork, are yours to avoid.
+//!
 //! # What blocks, and for how long?
 //!
 //! | call | waits for a message | returns within |
@@ -74,7 +79,7 @@
 //! | connections that carry out calls | as many as calls need, up to [`pool_size`](Builder::pool_size) (4) |
 //! | the connection that listens | 1, from the first pop that has to wait on; none behind a [pooler](Builder::pooler) |
 //! | the connection of a [`Worker`] | 1, from the first lease that it has to extend |
-//! | threads | one for each connection, one that keeps the time, and those of the pool; for a worker one more |
+//! | threads | one for each connection, one that keeps the time, and those of the pool; for a worker one more; others for a moment |
 //!
 //! Plan with the pool and two more. A waiting pop holds no connection and sends no queries, so
 //! hundreds of waiting threads need no larger pool. [`Queue::transaction`] takes a connection of the pool for
@@ -394,6 +399,7 @@ mod dead;
 mod engine;
 mod error;
 mod flight;
+mod home;
 mod job;
 mod keeper;
 mod lane;
@@ -405,6 +411,7 @@ mod message;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod observer;
+mod outside;
 mod queue;
 mod schema;
 #[cfg(feature = "signals")]

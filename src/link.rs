@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ use r2d2_postgres::PostgresConnectionManager;
 use uuid::Uuid;
 
 use crate::error::{Error, Result};
+use crate::home::Home;
+use crate::outside::outside;
 use crate::slot::lock;
 
 /// How long a call rests before it is repeated because of a conflict, at first and at last.
@@ -40,6 +42,8 @@ pub(crate) struct Route {
     greeting: Option<String>,
     /// When the last call was sent that was not answered in time.
     doubted: Mutex<Option<Instant>>,
+    /// Whose connections these are.
+    home: Home,
 }
 
 /// Erases the type of a TLS connector.
@@ -69,6 +73,7 @@ impl Route {
             trust,
             greeting,
             doubted: Mutex::default(),
+            home: Home::here(),
         }
     }
 
@@ -131,6 +136,16 @@ impl Route {
             .map_err(|e| e.at(&address(&self.hosts[host])))
     }
 
+    /// Closes a connection. That sends a farewell, and may wait for ever for an earlier reply: a thread of its own does
+    /// it. In a child of its process a connection is not closed: it is the parent's.
+    pub(crate) fn bury(&self, client: Client) {
+        if !self.home.is_here() {
+            std::mem::forget(client);
+        } else if let Err(e) = spawn("pushpop-close", move || drop(client)) {
+            outside(|| tracing::debug!("a connection is closed on this thread: {e}"));
+        }
+    }
+
     fn greet(&self, host: usize) -> Result<Client> {
         let mut client = (self.open)(&self.hosts[host])?;
         if let Some(greeting) = &self.greeting {
@@ -171,8 +186,11 @@ pub(crate) fn within<T: Send + 'static>(
     spawn(name, move || drop(reply.send(work())))?;
     let begun = Instant::now();
     let patience = deadline.saturating_duration_since(begun);
-    answer.recv_timeout(patience).unwrap_or_else(|_| {
-        Err(Error::connection(format!("the server did not answer within {patience:.1?}")))
+    answer.recv_timeout(patience).unwrap_or_else(|e| match e {
+        RecvTimeoutError::Timeout => {
+            Err(Error::connection(format!("the server did not answer within {patience:.1?}")))
+        }
+        RecvTimeoutError::Disconnected => Err(Error::died(name)),
     })
 }
 
@@ -333,8 +351,10 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    /// The client, connected.
+    /// The client, connected. Whatever is sent on a connection of the pool begins here: in a child of its process
+    /// nothing is.
     pub(crate) fn client(&mut self, deadline: Instant) -> Result<&mut Client> {
+        self.route.home.check()?;
         if self.client.as_ref().is_some_and(Client::is_closed)
             || self.client.is_some() && self.route.is_doubtful(self.heard)
         {
@@ -344,7 +364,7 @@ impl Link {
             match self.route.prove(client) {
                 Ok(()) => self.proved = Instant::now(),
                 Err(e) => {
-                    tracing::debug!("leaving a connection: {e}");
+                    outside(|| tracing::debug!("leaving a connection: {e}"));
                     self.discard();
                 }
             }
@@ -381,10 +401,10 @@ impl Link {
                 Err(e) => e.indeterminate(unknown),
             };
             if error.breaks_connection() && !fresh && Instant::now() < deadline {
-                tracing::debug!("the connection broke, trying a new one: {error}");
+                outside(|| tracing::debug!("the connection broke, trying a new one: {error}"));
                 (fresh, unknown) = (true, error.is_indeterminate());
             } else if error.is_conflict() && Instant::now() + pause < patient_until {
-                tracing::debug!("repeating what was undone: {error}");
+                outside(|| tracing::debug!("repeating what was undone: {error}"));
                 // Those who have met do not meet again.
                 thread::sleep(pause.mul_f64(0.5 + f64::from(Uuid::new_v4().as_bytes()[0]) / 512.0));
                 pause = (pause * 2).min(LAST_PAUSE);
@@ -410,12 +430,12 @@ impl Link {
         };
         let result = match result {
             Err(e) if e.is_mixed_up() && self.statements.is_some() => {
-                tracing::warn!("going on without named statements on this connection: {e}");
+                outside(|| tracing::warn!("going on without named statements on this connection: {e}"));
                 self.statements = None;
                 self.try_run(deadline, call, params)
             }
             Err(e) if e.is_of_notifying() => {
-                tracing::warn!("going on without the notification: {e}");
+                outside(|| tracing::warn!("going on without the notification: {e}"));
                 self.run_quietly(call, params)
             }
             other => other,
@@ -488,7 +508,7 @@ impl Link {
         self.forget_statements();
         if let Some(client) = self.client.take() {
             self.broke = true;
-            bury(client);
+            self.route.bury(client);
         }
     }
 }
@@ -504,14 +524,6 @@ pub(crate) fn unanswered(error: postgres::Error) -> Error {
     let error = Error::from(error);
     let ended = error.ends_session();
     error.indeterminate(ended)
-}
-
-/// Closing a connection sends a farewell, and may wait for ever for an earlier reply: a thread of
-/// its own does it.
-pub(crate) fn bury(client: Client) {
-    if let Err(e) = spawn("pushpop-close", move || drop(client)) {
-        tracing::debug!("a connection is closed on this thread: {e}");
-    }
 }
 
 impl Drop for Link {

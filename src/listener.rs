@@ -1,5 +1,6 @@
 //! The one connection that listens for pushes of other processes.
 
+use std::io;
 use std::sync::{Arc, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,31 +11,31 @@ use postgres::Client;
 use crate::crew::backoff;
 use crate::engine::Engine;
 use crate::error::Result;
-use crate::link::{Route, bury, within};
+use crate::link::{Route, within};
+use crate::outside::{outside, steadily};
 
 /// How often the thread looks whether the queue has ended.
 const TURN: Duration = Duration::from_millis(200);
 
-/// Starts the thread; false if that cannot be done, and polling has to do.
-pub(crate) fn start(engine: &Arc<Engine>, route: &Arc<Route>) -> bool {
+/// Starts the thread. If that cannot be done, polling has to do.
+pub(crate) fn start(engine: &Arc<Engine>, route: &Arc<Route>) -> io::Result<()> {
     let (engine, route) = (Arc::downgrade(engine), Arc::clone(route));
-    let spawned = thread::Builder::new().name("pushpop-listen".into()).spawn(move || {
-        let mut failures = 0;
-        while let Some(patience) = patience(&engine) {
-            match listen(&engine, &route, patience) {
-                Ok(()) => failures = 0,
-                Err(e) => {
-                    failures += 1;
-                    tracing::debug!("cannot listen, polling meanwhile: {e}");
-                    rest(&engine, backoff(failures));
-                }
+    let work = move || steadily(|| keep_listening(&engine, &route));
+    thread::Builder::new().name("pushpop-listen".into()).spawn(work).map(drop)
+}
+
+fn keep_listening(engine: &Weak<Engine>, route: &Arc<Route>) {
+    let mut failures = 0;
+    while let Some(patience) = patience(engine) {
+        match listen(engine, route, patience) {
+            Ok(()) => failures = 0,
+            Err(e) => {
+                failures += 1;
+                outside(|| tracing::debug!("cannot listen, polling meanwhile: {e}"));
+                rest(engine, backoff(failures));
             }
         }
-    });
-    if let Err(e) = &spawned {
-        tracing::warn!("cannot start a thread to listen, polling instead: {e}");
     }
-    spawned.is_ok()
 }
 
 /// The operation time-out, as long as the queue is in use.
@@ -53,7 +54,7 @@ fn rest(engine: &Weak<Engine>, time: Duration) {
 fn listen(engine: &Weak<Engine>, route: &Arc<Route>, patience: Duration) -> Result<()> {
     let Some(sql) = engine.upgrade().map(|queue| queue.calls.listen.clone()) else { return Ok(()) };
     let client = route.connect(Instant::now() + patience)?;
-    let mut client = ask(client, patience, move |client| Ok(client.batch_execute(&sql)?))?;
+    let mut client = ask(route, client, patience, move |client| Ok(client.batch_execute(&sql)?))?;
     // First listen, then look: what was pushed before is not told.
     if let Some(queue) = engine.upgrade() {
         queue.look_everywhere();
@@ -61,24 +62,26 @@ fn listen(engine: &Weak<Engine>, route: &Arc<Route>, patience: Duration) -> Resu
     loop {
         let heard = hear(engine, &mut client, Instant::now() + route.trust);
         if !matches!(heard, Ok(true)) {
-            bury(client);
+            route.bury(client);
             return heard.map(drop);
         }
-        let route = Arc::clone(route);
-        client = ask(client, patience, move |client| route.prove(client))?;
+        let asked = Arc::clone(route);
+        client = ask(route, client, patience, move |client| asked.prove(client))?;
     }
 }
 
 /// Has a server answer within a time. One that is frozen would hold this thread for as long as it is.
 fn ask(
+    route: &Arc<Route>,
     mut client: Client,
     patience: Duration,
     question: impl FnOnce(&mut Client) -> Result<()> + Send + 'static,
 ) -> Result<Client> {
+    let route = Arc::clone(route);
     within(Instant::now() + patience, "pushpop-ask", move || match question(&mut client) {
         Ok(()) => Ok(client),
         Err(e) => {
-            bury(client);
+            route.bury(client);
             Err(e)
         }
     })

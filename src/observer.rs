@@ -6,9 +6,9 @@ use uuid::Uuid;
 
 /// Is told what a [`Queue`](crate::Queue) does: for metrics, traces, tests.
 ///
-/// Every method has an empty default. They are called on the threads of the queue or of a worker, in
-/// the middle of their work: they should return at once, and must not call the queue. A panic in one is
-/// caught and logged.
+/// Every method has an empty default. They are called on threads of the queue, once callers have their answers, or of a
+/// worker, and while no lock is held: they may call the queue. They should return soon: up to 16 threads of the queue may
+/// be in them while others take their places; beyond that, calls wait. A panic in one is caught and logged.
 ///
 /// ```
 /// use std::sync::atomic::{AtomicUsize, Ordering};
@@ -73,6 +73,31 @@ pub trait Observer: Send + Sync + 'static {
 pub(crate) struct Silent;
 
 impl Observer for Silent {}
+
+/// What happened on a flight.
+pub(crate) enum Event<'a> {
+    Pushed(Pushed<'a>),
+    Popped(Popped<'a>),
+    Settled(Settled<'a>),
+    LeaseLost(LeaseLost<'a>),
+    Abandoned(Abandoned<'a>),
+    Flight(Flight<'a>),
+    Reconnected,
+}
+
+impl Event<'_> {
+    pub(crate) fn tell(&self, observer: &dyn Observer) {
+        match self {
+            Event::Pushed(event) => observer.pushed(event),
+            Event::Popped(event) => observer.popped(event),
+            Event::Settled(event) => observer.settled(event),
+            Event::LeaseLost(event) => observer.lease_lost(event),
+            Event::Abandoned(event) => observer.abandoned(event),
+            Event::Flight(event) => observer.flight(event),
+            Event::Reconnected => observer.reconnected(),
+        }
+    }
+}
 
 macro_rules! events {
     ($($(#[$doc:meta])* $name:ident { $($(#[$field_doc:meta])* $field:ident: $type:ty,)* })*) => {$(

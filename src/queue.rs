@@ -70,6 +70,7 @@ impl Handle {
     /// Settles a lease in a caller's transaction, on its thread.
     pub(crate) fn settle_in(&self, tx: &mut Transaction<'_>, lease: &Lease, call: &Call) -> Result<()> {
         let _span = span::settle(std::slice::from_ref(lease), call.name).entered();
+        self.engine.home.check().map_err(|e| e.during(call.name, Some(lease.topic())))?;
         let keep = self.engine.settings.keep_settled.as_secs_f64();
         call.run_in(tx, &[&lease.topic(), &lease.id(), &lease.token(), &keep])
             .map(drop)
@@ -261,6 +262,7 @@ impl Queue {
         let message = message.into();
         let _span = span::push(topic, std::slice::from_ref(&message)).entered();
         let during = |e: Error| e.during("push", Some(topic));
+        self.engine().home.check().map_err(during)?;
         limits::topic(topic).map_err(during)?;
         self.check_messages(std::slice::from_ref(&message)).map_err(during)?;
         let fallback = self.engine().settings.max_attempts;
@@ -409,7 +411,7 @@ impl Queue {
 
     pub(crate) fn try_pop_any(&self, topics: &[impl AsRef<str>]) -> Result<Option<Lease>> {
         limits::topics(topics)?;
-        let first = self.engine().next_of(topics.len());
+        let first = self.engine().next_of(topics.len())?;
         for topic in topics.iter().cycle().skip(first).take(topics.len()) {
             if let Some(lease) = self.try_pop(topic.as_ref())? {
                 return Ok(Some(lease));
@@ -427,7 +429,7 @@ impl Queue {
                 names.push(topic.as_ref().into());
             }
         }
-        let first = self.engine().next_of(names.len());
+        let first = self.engine().next_of(names.len())?;
         names.rotate_left(first);
         let slot = Arc::new(Slot::new());
         self.engine().pop_any(&names, &self.pop_job(1, true, &slot))?;

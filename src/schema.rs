@@ -10,6 +10,7 @@ use std::time::Instant;
 use postgres::Client;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::outside::outside;
 use found::Found;
 
 /// A step of the schema's history. Its files are run in this order, in one transaction.
@@ -184,7 +185,9 @@ begin
         } else if migrate && found.is_open && found.may_revoke {
             match self.restore_rights(client) {
                 Ok(()) => found.is_open = false,
-                Err(e) => tracing::warn!(schema = %self.name, "the rights were not restored: {e}"),
+                Err(e) => {
+                    outside(|| tracing::warn!(schema = %self.name, "the rights were not restored: {e}"));
+                }
             }
         }
         found.warn(&self.name);

@@ -8,6 +8,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
 
 use crate::error::{Error, Result};
+use crate::outside::outside;
 use crate::slot::lock;
 use crate::stopping::{Cause, Stopping};
 
@@ -52,11 +53,14 @@ impl Listening {
             for signal in signals.forever() {
                 let name = if signal == SIGTERM { "SIGTERM" } else { "SIGINT" };
                 if std::mem::replace(&mut heard, true) {
-                    tracing::error!("{name} again: exiting at once, leases that are held will expire");
+                    outside(|| {
+                        tracing::error!("{name} again: exiting at once, leases that are held will expire")
+                    });
                     signal_hook::low_level::exit(128 + signal);
                 }
-                tracing::info!("{name}: no more messages are popped; waiting for handlers that run");
                 stopping.stop(Cause::Signal(signal));
+                let said = "no more messages are popped; waiting for handlers that run";
+                outside(|| tracing::info!("{name}: {said}"));
             }
         });
         let thread = Some(thread.map_err(failed)?);

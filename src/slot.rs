@@ -1,9 +1,11 @@
 //! A place where a caller waits for the answer to its request, with a deadline.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::outside::Held;
 
 /// The number of a flight.
 pub(crate) type FlightId = u64;
@@ -36,10 +38,42 @@ pub(crate) enum Waited<T> {
     Unknown,
 }
 
-/// A mutex is poisoned only if a thread panicked while holding it, and none of those here hold one
-/// while they run anything that is not theirs.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// A lock of ours that is held. No code runs under it that is not ours: see [`crate::outside`].
+pub(crate) struct Guard<'a, T> {
+    guard: MutexGuard<'a, T>,
+    held: Held,
+}
+
+/// A mutex is poisoned only if a thread panicked while holding it, which is a defect of ours.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
+    Guard { guard: mutex.lock().unwrap_or_else(PoisonError::into_inner), held: Held::new() }
+}
+
+impl<T> Guard<'_, T> {
+    /// Lets go of the lock until it is woken.
+    pub(crate) fn wait(self, until: &Condvar) -> Self {
+        Guard { guard: until.wait(self.guard).unwrap_or_else(PoisonError::into_inner), held: self.held }
+    }
+
+    /// The same for a time; and whether that has passed.
+    pub(crate) fn wait_timeout(self, until: &Condvar, time: Duration) -> (Self, bool) {
+        let (guard, timeout) = until.wait_timeout(self.guard, time).unwrap_or_else(PoisonError::into_inner);
+        (Guard { guard, held: self.held }, timeout.timed_out())
+    }
+}
+
+impl<T> Deref for Guard<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T> DerefMut for Guard<'_, T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
 }
 
 impl<T> Slot<T> {
@@ -57,19 +91,27 @@ impl<T> Slot<T> {
                 _ => deadline,
             };
             let Some(deadline) = deadline else {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = state.wait(&self.changed);
                 continue;
             };
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.changed, left).0;
         }
         match std::mem::replace(&mut *state, State::Left) {
             State::Done(result) => Waited::Done(result),
             State::Queued(error) => Waited::Unsent(error),
             State::Flying(_) | State::Ending(..) | State::Left => Waited::Unknown,
+        }
+    }
+
+    /// Notes why a request that is about to be put into a lane waits there.
+    pub(crate) fn put_off(&self, error: Error) {
+        let mut state = lock(&self.state);
+        if let State::Queued(reason) = &mut *state {
+            *reason = Some(error);
         }
     }
 

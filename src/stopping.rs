@@ -3,11 +3,12 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::process::{ExitCode, Termination};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::calls::Grant;
 use crate::error::{Error, Result};
+use crate::outside::outside;
 use crate::slot::{Slot, Waited, lock};
 
 /// Stops a [`Worker`](crate::Worker), from any thread.
@@ -119,12 +120,13 @@ impl Stopping {
     /// Stops the worker for an error that waiting does not mend.
     pub(crate) fn fail(&self, error: Error) {
         let mut state = lock(&self.state);
-        if state.failed.is_none() {
-            tracing::error!("the worker stops: {error}");
-            state.failed = Some(error);
-        }
+        let is_first = state.failed.is_none();
+        state.failed.get_or_insert_with(|| error.clone());
         drop(state);
         self.stop(Cause::Stopped);
+        if is_first {
+            outside(|| tracing::error!("the worker stops: {error}"));
+        }
     }
 
     pub(crate) fn is_set(&self) -> bool {
@@ -162,7 +164,7 @@ impl Stopping {
     pub(crate) fn await_stop(&self) {
         let mut state = lock(&self.state);
         while state.cause.is_none() && state.threads > 0 {
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = state.wait(&self.changed);
         }
     }
 
@@ -175,7 +177,7 @@ impl Stopping {
             if left.is_zero() {
                 return false;
             }
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.changed, left).0;
         }
         true
     }

@@ -27,7 +27,8 @@ where
     }
 
     fn run(&self, flight: FlightId, link: Result<&mut Link>) {
-        let result = match (lock(&self.work).take(), link) {
+        let work = lock(&self.work).take();
+        let result = match (work, link) {
             (Some(work), Ok(link)) => work(&self.engine, link, self.deadline),
             (_, Err(e)) => Err(e),
             (None, Ok(_)) => Err(Error::panicked()),

@@ -18,6 +18,7 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 
 use crate::error::{Error, Result};
 use crate::link::{Open, open_with};
+use crate::outside::outside;
 use crate::url::{Asked, Check};
 
 /// How connections are opened that are encrypted if the server can, or must be.
@@ -77,7 +78,9 @@ fn roots(mode: SslMode, asked: &Asked) -> Result<Option<RootCertStore>> {
     if mode == SslMode::Prefer {
         // Whoever can change the certificate on its way can say as well that there is no TLS.
         if asked.root.is_some() {
-            tracing::warn!("no certificate is checked with sslmode=prefer, whatever sslrootcert is");
+            outside(|| {
+                tracing::warn!("no certificate is checked with sslmode=prefer, whatever sslrootcert is")
+            });
         }
         return Ok(None);
     }

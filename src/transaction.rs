@@ -1,9 +1,11 @@
 //! A transaction of the caller's, on a connection of the queue's.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Instant;
 
-use postgres::Transaction;
+use postgres::{Client, Transaction};
 
+use crate::engine::{Borrowed, Engine};
 use crate::error::{Error, Result};
 use crate::queue::Queue;
 
@@ -49,40 +51,85 @@ impl Queue {
         }
         let engine = self.engine();
         let deadline = Instant::now() + engine.settings.operation_timeout;
-        let mut borrowed = engine.borrow_link(deadline)?;
+        let mut session = Session { borrowed: engine.borrow_link(deadline)?, engine, client: None };
         // Until the end is known, nobody else gets this connection: it may be in a transaction.
-        let mut client = borrowed.link.take_client(deadline)?;
+        session.take(deadline)?;
         // An idle connection may have died; better to know before the work begins.
-        if client.batch_execute("").is_err() {
-            crate::link::bury(client);
-            client = borrowed.link.take_client(deadline)?;
+        if session.client()?.batch_execute("").is_err() {
+            session.bury();
+            session.take(deadline)?;
         }
-        let result = run(&mut client, engine.settings.listens, work)
-            .map_err(|e| if client.is_closed() { e.cut_off() } else { e });
+        let result = session.run(work);
+        let result = if session.is_closed() { result.map_err(Error::cut_off) } else { result };
         // One whose server only reads is left, too: another may be what was asked for.
-        if result.as_ref().is_err_and(Error::breaks_connection) || client.is_closed() {
-            crate::link::bury(client);
-        } else {
-            borrowed.link.put_back(client);
+        if !result.as_ref().is_err_and(Error::breaks_connection) {
+            session.put_back();
         }
         result
     }
 }
 
-fn run<R>(
-    client: &mut postgres::Client,
-    has_session: bool,
-    work: impl FnOnce(&mut Transaction<'_>) -> Result<R>,
-) -> Result<R> {
-    let mut tx = client.transaction()?;
-    if has_session {
-        tx.batch_execute(
-            "set local statement_timeout = 0; set local lock_timeout = 0; set local jit to default",
-        )?;
+/// A connection that is out of the pool. In a child of its process it is left as it is.
+struct Session<'q> {
+    engine: &'q Engine,
+    borrowed: Borrowed,
+    client: Option<Client>,
+}
+
+impl Session<'_> {
+    fn client(&mut self) -> Result<&mut Client> {
+        self.client.as_mut().ok_or_else(|| Error::connection("not connected"))
     }
-    let value = work(&mut tx)?;
-    // The driver's commit returns Ok for a transaction that a failed statement had aborted.
-    tx.batch_execute("select")?;
-    tx.commit().map_err(crate::link::unanswered)?;
-    Ok(value)
+
+    fn take(&mut self, deadline: Instant) -> Result<()> {
+        if let Some(link) = &mut self.borrowed.link {
+            self.client = Some(link.take_client(deadline)?);
+        }
+        Ok(())
+    }
+
+    fn is_closed(&self) -> bool {
+        self.client.as_ref().is_some_and(Client::is_closed)
+    }
+
+    fn put_back(&mut self) {
+        if let Some(link) = &mut self.borrowed.link
+            && let Some(client) = self.client.take_if(|client| !client.is_closed())
+        {
+            link.put_back(client);
+        }
+    }
+
+    fn bury(&mut self) {
+        if let Some(client) = self.client.take() {
+            self.engine.route.bury(client);
+        }
+    }
+
+    fn run<R>(&mut self, work: impl FnOnce(&mut Transaction<'_>) -> Result<R>) -> Result<R> {
+        let (home, has_session) = (self.engine.home, self.engine.settings.listens);
+        let mut tx = self.client()?.transaction()?;
+        if has_session {
+            tx.batch_execute(
+                "set local statement_timeout = 0; set local lock_timeout = 0; set local jit to default",
+            )?;
+        }
+        let worked = catch_unwind(AssertUnwindSafe(|| work(&mut tx)));
+        if let Err(e) = home.check() {
+            // The transaction is the parent's, which goes on with it: not even a rollback is sent.
+            std::mem::forget(tx);
+            return worked.map_or_else(|panic| resume_unwind(panic), |_| Err(e));
+        }
+        let value = worked.unwrap_or_else(|panic| resume_unwind(panic))?;
+        // The driver's commit returns Ok for a transaction that a failed statement had aborted.
+        tx.batch_execute("select")?;
+        tx.commit().map_err(crate::link::unanswered)?;
+        Ok(value)
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        self.bury();
+    }
 }

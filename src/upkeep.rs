@@ -7,6 +7,7 @@ use crate::engine::Engine;
 use crate::error::Result;
 use crate::lane::{State, Task};
 use crate::link::Link;
+use crate::outside::outside;
 use crate::slot::{FlightId, lock};
 
 /// How long one round of upkeep goes on for topics that have more to do.
@@ -102,7 +103,7 @@ impl Task for Upkeep {
 
     fn run(&self, _: FlightId, link: Result<&mut Link>) {
         if let Err(e) = link.and_then(|link| Self::step(&self.engine, &self.topics, link)) {
-            tracing::debug!("upkeep is put off: {e}");
+            outside(|| tracing::debug!("upkeep is put off: {e}"));
         }
     }
 }
@@ -147,7 +148,7 @@ impl Task for Everywhere {
 
     fn run(&self, _: FlightId, link: Result<&mut Link>) {
         if let Err(e) = link.and_then(|link| self.step(link)) {
-            tracing::debug!("upkeep is put off: {e}");
+            outside(|| tracing::debug!("upkeep is put off: {e}"));
         }
     }
 }

@@ -6,7 +6,8 @@
 //! runs on one that is left behind if it hangs.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use postgres::types::ToSql;
@@ -17,11 +18,12 @@ use crate::backoff::Backoff;
 use crate::calls::{Settle, Verb};
 use crate::crew::backoff;
 use crate::engine::Engine;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::lane::SettleJob;
 use crate::lease::Lease;
 use crate::link::{Link, Links};
 use crate::observer::Stuck;
+use crate::outside::{outside, steadily};
 use crate::slot::{Slot, lock};
 
 /// A message whose handler runs.
@@ -166,7 +168,7 @@ impl Watch {
             changed: Condvar::new(),
         });
         let thread = Arc::clone(&watch);
-        crate::link::spawn("pushpop-watch", move || thread.go_round())?;
+        crate::link::spawn("pushpop-watch", move || steadily(|| thread.go_round()))?;
         Ok(watch)
     }
 
@@ -210,19 +212,23 @@ impl Watch {
             running.iter().filter(|running| running.take_away("released")).collect();
         let mut slots = Vec::new();
         for running in &taken {
-            tracing::error!(
-                topic = running.topic,
-                id = %running.id,
-                age = ?running.age(),
-                "a handler has outlived the grace period; its message is released"
-            );
             let job = running.settle(Verb::Release);
             slots.push((Arc::clone(&job.slot), self.engine.settle(&running.topic, job)));
+        }
+        for running in &taken {
+            outside(|| {
+                tracing::error!(
+                    topic = running.topic,
+                    id = %running.id,
+                    age = ?running.age(),
+                    "a handler has outlived the grace period; its message is released"
+                );
+            });
         }
         let until = Instant::now() + self.engine.settings.operation_timeout;
         for (slot, sent) in slots {
             if let Err(e) = sent.and_then(|()| self.engine.wait(&slot, Some(until))) {
-                tracing::warn!("a message was not released, its lease will expire: {e}");
+                outside(|| tracing::warn!("a message was not released, its lease will expire: {e}"));
             }
         }
         taken.len()
@@ -235,14 +241,16 @@ impl Watch {
         watched.filter_map(|age| running.since.checked_add(age)).fold(state.beat_at, Instant::min)
     }
 
-    fn go_round(self: Arc<Self>) {
+    fn go_round(self: &Arc<Self>) {
         let mut state = lock(&self.state);
         while !state.ended {
             let now = Instant::now();
             let running: Vec<Arc<Running>> = state.running.values().cloned().collect();
-            for running in &running {
-                self.look_at(running, now);
-            }
+            // Looked at without the lock, so that handlers can begin and end meanwhile.
+            drop(state);
+            running.iter().for_each(|running| self.look_at(running, now));
+            state = lock(&self.state);
+            let running: Vec<Arc<Running>> = state.running.values().cloned().collect();
             self.beat(&mut state, &running, now);
 
             // What is due now waits for the beat under way, which says when it is done, or for the next try.
@@ -259,7 +267,7 @@ impl Watch {
             state.sleeps_until = next;
             let pause = next.map_or(Duration::MAX, |next| next.saturating_duration_since(Instant::now()));
             let pause = pause.clamp(Duration::from_millis(5), Duration::from_secs(3600));
-            state = self.changed.wait_timeout(state, pause).unwrap_or_else(PoisonError::into_inner).0;
+            state = state.wait_timeout(&self.changed, pause).0;
         }
     }
 
@@ -269,27 +277,38 @@ impl Watch {
         if let Some(limit) = self.limit.filter(|limit| age >= *limit)
             && running.take_away("timeout")
         {
-            let (topic, id) = (&*running.topic, running.id);
-            tracing::error!(topic, %id, ?age, "a handler has run longer than {limit:?}; the attempt has failed");
             let verb = Verb::fail(format!("the handler ran longer than {limit:?}"), running.retry);
-            if let Err(e) = self.engine.settle(topic, running.settle(verb)) {
-                tracing::warn!(topic, %id, "an attempt was not ended, its lease will expire: {e}");
-            }
+            let settled = self.engine.settle(&running.topic, running.settle(verb));
+            let running = Arc::clone(running);
+            self.engine.teller.note(move || {
+                let (topic, id) = (&*running.topic, running.id);
+                outside(|| {
+                    tracing::error!(topic, %id, ?age, "a handler has run longer than {limit:?}; the attempt has failed");
+                });
+                if let Err(e) = settled {
+                    outside(|| tracing::warn!(topic, %id, "an attempt was not ended, its lease will expire: {e}"));
+                }
+            });
         }
         let mut state = lock(&running.state);
-        if age >= state.report_at && !state.over {
-            state.report_at = age * 2;
-            drop(state);
-            tracing::warn!(topic = running.topic, id = %running.id, ?age, "a handler is still running");
-            let event = Stuck { topic: &running.topic, id: running.id, age };
-            self.engine.observe(|observer| observer.stuck(&event));
+        if age < state.report_at || state.over {
+            return;
         }
+        state.report_at = age * 2;
+        drop(state);
+        let (engine, running) = (Arc::clone(&self.engine), Arc::clone(running));
+        self.engine.teller.note(move || {
+            let (topic, id) = (&*running.topic, running.id);
+            outside(|| tracing::warn!(topic, %id, ?age, "a handler is still running"));
+            engine.observe(|observer| observer.stuck(&Stuck { topic, id, age }));
+        });
     }
 
     /// Starts a beat if one is due: for all whose turn comes soon.
     fn beat(self: &Arc<Self>, state: &mut Watched, running: &[Arc<Running>], now: Instant) {
         if state.beating.is_some_and(|(_, until)| until <= now) {
-            tracing::warn!("leases were not extended in time; the connection for it is left behind");
+            let late = "leases were not extended in time; the connection for it is left behind";
+            self.engine.teller.note(move || tracing::warn!("{late}"));
             state.beating = None;
             state.fail(now);
         }
@@ -317,7 +336,7 @@ impl Watch {
         state.beating = Some((beat, until));
         let (watch, link) = (Arc::clone(self), state.link.take());
         if let Err(e) = crate::link::spawn("pushpop-beat", move || watch.send(beat, until, &due, link)) {
-            tracing::warn!("leases were not extended: {e}");
+            self.engine.teller.note(move || tracing::warn!("leases were not extended: {e}"));
             state.beating = None;
             state.fail(now);
         }
@@ -325,7 +344,8 @@ impl Watch {
 
     fn send(&self, beat: u64, until: Instant, due: &[Arc<Running>], link: Option<Link>) {
         let sent = Instant::now();
-        let done = self.extend(until, due, link);
+        let done = catch_unwind(AssertUnwindSafe(|| self.extend(until, due, link)))
+            .unwrap_or_else(|_| Err(Error::died("pushpop-beat")));
         let mut state = lock(&self.state);
         let current = state.beating.is_some_and(|(current, _)| current == beat);
         match done {
@@ -338,7 +358,8 @@ impl Watch {
                 }
             }
             Err(e) => {
-                tracing::warn!("leases were not extended, trying again: {e}");
+                let said = "leases were not extended, trying again";
+                self.engine.teller.note(move || tracing::warn!("{said}: {e}"));
                 if current {
                     state.fail(Instant::now());
                 }

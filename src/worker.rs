@@ -16,6 +16,7 @@ use crate::lane::{SettleJob, TurnJob};
 use crate::lease::Lease;
 use crate::limits;
 use crate::observer::Handled;
+use crate::outside::outside;
 use crate::queue::Queue;
 use crate::slot::{Slot, Waited, lock};
 use crate::span;
@@ -191,7 +192,10 @@ impl<'a> Worker<'a> {
                     let spawned =
                         thread::Builder::new().name("pushpop-work".into()).spawn_scoped(scope, move || {
                             let _leaves = Leaving(stopping);
-                            self.serve(handler, watch);
+                            let served = catch_unwind(AssertUnwindSafe(|| self.serve(handler, watch)));
+                            if served.is_err() {
+                                stopping.fail(Error::died("pushpop-work"));
+                            }
                         });
                     if let Err(e) = spawned {
                         self.stopping.leave();
@@ -205,7 +209,7 @@ impl<'a> Worker<'a> {
         });
         watch.end();
         let ended = self.stopping.ended(unfinished).map_err(|e| e.during("run", None))?;
-        tracing::info!("the worker has ended: {ended}");
+        outside(|| tracing::info!("the worker has ended: {ended}"));
         Ok(ended)
     }
 
@@ -225,9 +229,14 @@ impl<'a> Worker<'a> {
                 for _ in 0..handler.threads {
                     idle.enter();
                     let (watch, idle) = (&watch, &idle);
-                    let spawned = thread::Builder::new()
-                        .name("pushpop-work".into())
-                        .spawn_scoped(scope, move || self.exhaust(handler, watch, idle));
+                    let spawned =
+                        thread::Builder::new().name("pushpop-work".into()).spawn_scoped(scope, move || {
+                            let exhausted =
+                                catch_unwind(AssertUnwindSafe(|| self.exhaust(handler, watch, idle)));
+                            if exhausted.is_err() {
+                                idle.fail(Error::died("pushpop-work"));
+                            }
+                        });
                     if let Err(e) = spawned {
                         idle.fail(Error::connection(format!("cannot start a thread: {e}")));
                     }
@@ -258,6 +267,7 @@ impl<'a> Worker<'a> {
     }
 
     fn check(&self) -> Result<()> {
+        self.queue.engine().home.check()?;
         if self.handlers.is_empty() {
             return Err(Error::invalid("a worker has at least one handler"));
         }
@@ -297,7 +307,7 @@ impl<'a> Worker<'a> {
                 }
                 // Handed out just when the worker was stopped.
                 if let Err(e) = lease.release() {
-                    tracing::warn!("a message was not released, its lease will expire: {e}");
+                    outside(|| tracing::warn!("a message was not released, its lease will expire: {e}"));
                 }
                 None
             }
@@ -339,6 +349,10 @@ impl<'a> Worker<'a> {
             let result = catch_unwind(AssertUnwindSafe(|| (handler.call)(&job)));
             self.verdict(&job, result)
         });
+        if !self.queue.engine().home.is_here() {
+            // The handler has forked, and this is the child: the message is its parent's.
+            return None;
+        }
         let Job { lease, running, .. } = job;
         let mine = running.claim();
         let event = Handled {
@@ -363,7 +377,9 @@ impl<'a> Worker<'a> {
                     self.call_off(topic, &asked);
                 }
                 if let Err(e) = self.settle(topic, &settle, &running, settled) {
-                    tracing::error!(topic, id = %settle.id, outcome, "a message was not settled: {e}");
+                    outside(
+                        || tracing::error!(topic, id = %settle.id, outcome, "a message was not settled: {e}"),
+                    );
                 }
                 asked
             }
@@ -376,7 +392,8 @@ impl<'a> Worker<'a> {
     /// Waits no longer for a pop; what it has brought, or brings yet, is released.
     fn call_off(&self, topic: &str, asked: &Asked) {
         if let Waited::Done(Ok(grants)) = asked.wait(Some(Instant::now())) {
-            self.queue.engine().abandon(topic, grants);
+            let engine = self.queue.engine();
+            engine.abandon(topic, grants).iter().for_each(|event| engine.tell(event));
         }
     }
 
@@ -399,11 +416,11 @@ impl<'a> Worker<'a> {
             Err(panic) => (format!("panicked: {}", message(&*panic)), "panic"),
         };
         match word {
-            "panic" => tracing::error!(topic, %id, attempt, "a handler {why}"),
-            _ => tracing::warn!(topic, %id, attempt, "a handler failed: {why}"),
-        }
+            "panic" => outside(|| tracing::error!(topic, %id, attempt, "a handler {why}")),
+            _ => outside(|| tracing::warn!(topic, %id, attempt, "a handler failed: {why}")),
+        };
         if job.max_attempts().is_some_and(|most| attempt >= u32::from(most)) {
-            tracing::error!(topic, %id, attempt, "a message is dead: that was its last attempt");
+            outside(|| tracing::error!(topic, %id, attempt, "a message is dead: that was its last attempt"));
         }
         let delay = self.backoff.as_ref().and_then(|backoff| backoff.seconds(job));
         (Some(Verb::fail(why, delay)), word)
@@ -507,7 +524,7 @@ impl Idle {
             state.done |= state.threads == 0 && *seen == Some(state.handled);
             self.changed.notify_all();
             while !state.done && *seen == Some(state.handled) {
-                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state = state.wait(&self.changed);
             }
             state.threads += 1;
         }

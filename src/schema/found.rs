@@ -4,6 +4,7 @@ use postgres::Transaction;
 use postgres::types::Type;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::outside::outside;
 use crate::schema::Schema;
 use crate::text::Text;
 
@@ -108,18 +109,22 @@ impl Found {
     /// Warns of what no error tells.
     pub(super) fn warn(&self, schema: &str) {
         if self.is_open {
-            tracing::warn!(
-                schema,
-                "functions of the schema can be executed by everyone who may use it, as after a restore without \
+            outside(|| {
+                tracing::warn!(
+                    schema,
+                    "functions of the schema can be executed by everyone who may use it, as after a restore without \
                  privileges; let their owner connect with migrate(true), or run what Builder::install_sql() returns"
-            );
+                )
+            });
         }
         if self.has_no_encoding {
-            tracing::warn!(
-                database = self.database,
-                "the encoding of the database is SQL_ASCII: it does not check text, and text that is no UTF-8 is shown \
+            outside(|| {
+                tracing::warn!(
+                    database = self.database,
+                    "the encoding of the database is SQL_ASCII: it does not check text, and text that is no UTF-8 is shown \
                  with replacement characters"
-            );
+                )
+            });
         }
     }
 }

@@ -8,6 +8,7 @@ use postgres::types::Type;
 use postgres::{Client, IsolationLevel, Row, Transaction};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::outside::outside;
 use crate::schema::found::Found;
 use crate::schema::{Migration, RIGHTS, SETTINGS, Schema};
 use crate::text::Text;
@@ -113,7 +114,9 @@ impl Schema {
             let name = who.split(", its transaction").next().unwrap_or_default();
             if told != name {
                 name.clone_into(&mut told);
-                tracing::warn!(schema = %self.name, "waiting to migrate the schema: {who} {what}");
+                outside(
+                    || tracing::warn!(schema = %self.name, "waiting to migrate the schema: {who} {what}"),
+                );
             }
             patience = if blocker.is_some_and(|blocker| blocker.is_vacuum) { PATIENCE * 6 } else { PATIENCE };
             thread::sleep(pause);
@@ -141,7 +144,7 @@ impl Schema {
             }
         }
         tx.commit()?;
-        tracing::info!(schema = %self.name, "installed or migrated the schema");
+        outside(|| tracing::info!(schema = %self.name, "installed or migrated the schema"));
         Ok(Tried::Done)
     }
 
@@ -160,7 +163,7 @@ impl Schema {
         if self.take_turn(&mut tx)? {
             tx.batch_execute(&self.localize(RIGHTS))?;
             tx.commit()?;
-            tracing::info!(schema = %self.name, "restored the rights of the schema");
+            outside(|| tracing::info!(schema = %self.name, "restored the rights of the schema"));
         }
         Ok(())
     }

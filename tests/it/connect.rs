@@ -6,7 +6,8 @@ use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use postgres::{Client, NoTls};
+use postgres::tls::{MakeTlsConnect, NoTlsError, NoTlsStream};
+use postgres::{Client, NoTls, Socket};
 use pushpop_pg::{Error, ErrorKind, Queue};
 use pushpop_server::Server;
 use tracing_subscriber::filter::LevelFilter;
@@ -511,4 +512,30 @@ fn connections_end_with_the_last_handle() {
     drop(clone);
     lease.complete().unwrap();
     until("all connections have ended", || connections() == 0);
+}
+
+/// A connector whose thread dies with it.
+#[derive(Clone)]
+struct Explodes;
+
+impl MakeTlsConnect<Socket> for Explodes {
+    type Stream = NoTlsStream;
+    type TlsConnect = NoTls;
+    type Error = NoTlsError;
+
+    fn make_tls_connect(&mut self, _: &str) -> Result<NoTls, NoTlsError> {
+        panic!("a connector panics on purpose")
+    }
+}
+
+#[test]
+fn a_thread_that_died_is_not_told_as_a_time_out() {
+    let builder = Queue::builder().tls(Explodes);
+    let error = builder.connect(&format!("{}?sslmode=require", crate::world::url())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Database, "{error:?}");
+    assert_eq!(
+        error.to_string(),
+        "connect: thread pushpop-connect of the queue panicked; this is a defect; the call may have taken effect"
+    );
+    assert!(!error.is_retryable());
 }

@@ -9,6 +9,9 @@ mod control;
 mod dead;
 mod documents;
 mod errors;
+mod foreign;
+#[cfg(unix)]
+mod forks;
 mod hands;
 mod heartbeat;
 mod hostile;
@@ -36,6 +39,8 @@ mod recorder;
 mod roles;
 mod schema;
 mod settle;
+#[cfg(target_os = "linux")]
+mod shortage;
 mod spans;
 mod threads;
 mod tidy;

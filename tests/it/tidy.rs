@@ -126,6 +126,28 @@ fn scripts_open_with_a_sentence() {
     }
 }
 
+/// A subscriber is foreign code: it is run by `outside` or by the teller, which see to it that no lock is held, and that a
+/// panic ends there.
+#[test]
+fn nothing_is_logged_but_by_way_of_outside() {
+    let mut logs = 0;
+    for file in files("src") {
+        let source = read(&file);
+        for (at, _) in source.match_indices("tracing::") {
+            let rest = &source[at + "tracing::".len()..];
+            if !["trace!", "debug!", "info!", "warn!", "error!"].iter().any(|level| rest.starts_with(level)) {
+                continue;
+            }
+            let before: String = source[..at].split_whitespace().collect();
+            let before = before.trim_end_matches('{');
+            let is_told = ["outside(||", "note(||", "note(move||"].iter().any(|way| before.ends_with(way));
+            assert!(is_told, "{file}: {}", rest.lines().next().unwrap_or_default());
+            logs += 1;
+        }
+    }
+    assert!(logs > 20, "{logs}");
+}
+
 #[test]
 fn no_file_grows_to_a_thousand_lines() {
     for file in files("src").into_iter().chain(files("sql")).chain(files("tests/it")) {

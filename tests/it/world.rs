@@ -1,6 +1,7 @@
 //! Where a test lives: a schema of its own on a server that all share.
 
 use std::io::Write as _;
+use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -10,6 +11,37 @@ use pushpop_pg::{Builder, Lease, Queue, Stats, uuid::Uuid};
 use pushpop_server::Server;
 
 use crate::{hostile, pooler, spans};
+
+/// Whether this process is one that [`apart`] has started, for one test.
+pub(crate) fn is_apart() -> bool {
+    std::env::var_os("PUSHPOP_TEST_APART").is_some()
+}
+
+/// A command that runs a test of this program once more, in a process of its own, in a given schema.
+pub(crate) fn apart(test: &str, world: &World) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--exact", test, "--nocapture"])
+        .env("PUSHPOP_TEST_APART", &world.schema)
+        .env("PUSHPOP_TEST_DATABASE_URL", &world.url);
+    command
+}
+
+/// A builder for the schema that this process was given.
+pub(crate) fn builder_apart() -> Builder {
+    let schema = std::env::var("PUSHPOP_TEST_APART").unwrap();
+    Queue::builder().application_name(&schema).schema(schema)
+}
+
+/// Has it run, and shows what it said if it fails.
+#[track_caller]
+pub(crate) fn succeeds(mut command: Command) -> String {
+    let output = command.output().unwrap();
+    let said =
+        format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{said}");
+    said
+}
 
 /// How long something may take that takes a moment on a machine that is not busy.
 pub(crate) const SOON: Duration = Duration::from_secs(30);

@@ -6,6 +6,8 @@ sources!("broken");
 mod builder;
 #[path = "link.rs"]
 mod link;
+#[path = "outside.rs"]
+mod outside;
 #[path = "scenarios.rs"]
 pub(crate) mod scenarios;
 #[path = "schema.rs"]

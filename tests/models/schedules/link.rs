@@ -33,6 +33,10 @@ impl Route {
     }
 
     pub(crate) fn doubt(&self, _: Instant) {}
+
+    pub(crate) fn bury(&self, client: Client) {
+        drop(client);
+    }
 }
 
 pub(crate) struct Link(Arc<Server>);
@@ -55,10 +59,6 @@ impl Link {
     pub(crate) fn was_renewed(&mut self) -> bool {
         false
     }
-}
-
-pub(crate) fn bury(client: Client) {
-    drop(client);
 }
 
 pub(crate) struct Links {

@@ -12,7 +12,7 @@
 /// Copies of sources, as modules.
 macro_rules! sources {
     ($copy:literal) => {
-        sources! { $copy: calls crew engine error flight keeper lane lease limits listener message observer queue
+        sources! { $copy: calls crew engine error flight home keeper lane lease limits listener message observer queue
             slot span stopping task topic upkeep }
     };
     ($copy:literal: $($file:ident)*) => {$(
@@ -121,6 +121,7 @@ scenarios! {
     what_is_given_back
     a_push_while_all_are_on_flights
     waiting_costs_little
+    threads_that_cannot_be_started
 }
 
 mod refuted {
@@ -171,5 +172,7 @@ mod refuted {
         one_that_is_elsewhere_makes_the_others_look_again by waiting_costs_little;
         listening_begins_without_a_look by two_processes;
         nobody_hears_a_notification by two_processes;
+        a_push_stays_queued_whose_caller_was_told_that_it_failed by threads_that_cannot_be_started;
+        a_thread_that_could_not_be_started_is_not_tried_again by threads_that_cannot_be_started;
     }
 }

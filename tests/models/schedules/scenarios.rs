@@ -730,3 +730,45 @@ pub(crate) fn waiting_costs_little() {
     let flights = SEEN.get().flights - before;
     assert!(flights <= 40, "{flights} flights");
 }
+
+/// No thread can be started for a while. Whoever is told that a call failed can rely on it; pops wait for a thread too.
+pub(crate) fn threads_that_cannot_be_started() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, settings());
+    // In half of them the messages are there already: nobody but those who pop has need of a thread.
+    let before = even();
+    if before {
+        let there = Market { queue: open(&server, settings()), ..market.clone() };
+        (0..2).for_each(|_| assert!(there.push("a", &NewMessage::new("x")).unwrap()));
+    }
+    thread::fail(random(6));
+    let refused: Arc<std::sync::Mutex<BTreeSet<Uuid>>> = Arc::default();
+    let mut callers = Vec::new();
+    for _ in 0..2 {
+        callers.push(market.caller(|market| {
+            thread::sleep(one_of(&[ms(0), ms(1), ms(60)]));
+            consume(market, "a", 1, false);
+        }));
+        let refused = Arc::clone(&refused);
+        callers.push(market.caller(move |market| {
+            for _ in 0..if before { 0 } else { 20 } {
+                let message = NewMessage::new("x");
+                match market.push("a", &message) {
+                    Ok(_) => return,
+                    Err(e) => assert!(e.is_retryable() && !e.is_indeterminate(), "{e:?}"),
+                }
+                refused.lock().unwrap().insert(message.id());
+                thread::sleep(one_of(&[ms(0), ms(1)]));
+            }
+            assert!(before, "it never succeeds");
+        }));
+    }
+    let there = Arc::clone(&server);
+    market.close_up(callers);
+    let refused = refused.lock().unwrap();
+    assert!(
+        there.all().into_iter().all(|(id, _)| !refused.contains(&id)),
+        "it was pushed although it failed"
+    );
+    soon(Duration::from_secs(2));
+}

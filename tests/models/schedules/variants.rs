@@ -2,9 +2,9 @@
 //! place when the variant is switched on.
 
 /// The files that the schedules run, without their ending.
-pub(crate) const FILES: [&str; 19] = [
-    "calls", "crew", "engine", "error", "flight", "keeper", "lane", "lease", "limits", "listener", "message",
-    "observer", "queue", "slot", "span", "stopping", "task", "topic", "upkeep",
+pub(crate) const FILES: [&str; 20] = [
+    "calls", "crew", "engine", "error", "flight", "home", "keeper", "lane", "lease", "limits", "listener",
+    "message", "observer", "queue", "slot", "span", "stopping", "task", "topic", "upkeep",
 ];
 
 /// A piece of a source, and a wrong one. The name is that of its test.
@@ -26,8 +26,8 @@ pub(crate) const VARIANTS: &[Variant] = &[
     Variant {
         name: "a_thread_that_sleeps_is_not_woken",
         file: "engine",
-        right: "self.work.notify_one();\n            return Ok(());",
-        wrong: "return Ok(());",
+        right: "self.work.notify_one();\n            return;",
+        wrong: "return;",
     },
     Variant { name: "a_lane_is_not_listed_again", file: "crew", right: "state.list(topic);", wrong: "" },
     Variant {
@@ -76,7 +76,7 @@ pub(crate) const VARIANTS: &[Variant] = &[
         name: "what_came_for_nobody_is_dropped",
         file: "flight",
         right: "self.engine.abandon(topic, unwanted.unwrap_or_default())",
-        wrong: "drop(unwanted)",
+        wrong: "{ drop(unwanted); None }",
     },
     Variant {
         name: "an_overdue_flight_is_not_written_off",
@@ -161,5 +161,17 @@ pub(crate) const VARIANTS: &[Variant] = &[
         file: "listener",
         right: "queue.notified(notification.payload());",
         wrong: "",
+    },
+    Variant {
+        name: "a_push_stays_queued_whose_caller_was_told_that_it_failed",
+        file: "engine",
+        right: "self.man(&mut state)?;\n        self.enqueue(&mut state, topic, |lane| lane.pushes.push_back(job));\n        Ok(())",
+        wrong: "let manned = self.man(&mut state);\n        self.enqueue(&mut state, topic, |lane| lane.pushes.push_back(job));\n        manned",
+    },
+    Variant {
+        name: "a_thread_that_could_not_be_started_is_not_tried_again",
+        file: "keeper",
+        right: "(state.threads == 0).then_some(now + SHORTAGE)",
+        wrong: "None",
     },
 ];

@@ -1,6 +1,6 @@
 //! In place of `std::thread`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::time::Duration;
 
@@ -11,9 +11,16 @@ use super::sync::{Condvar, Mutex, PoisonError};
 
 thread_local! {
     static RUNNING: RefCell<Vec<JoinHandle<()>>> = RefCell::default();
+    static FAILURES: Cell<u64> = const { Cell::new(0) };
+}
+
+/// The next so many starts of threads fail.
+pub(crate) fn fail(starts: u64) {
+    FAILURES.set(starts);
 }
 
 pub(crate) fn reset() {
+    FAILURES.set(0);
     RUNNING.with_borrow_mut(Vec::clear);
 }
 
@@ -36,6 +43,10 @@ impl Builder {
     }
 
     pub(crate) fn spawn(self, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        if let Some(left) = FAILURES.get().checked_sub(1) {
+            FAILURES.set(left);
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
         let thread = self.0.spawn(work)?;
         RUNNING.with_borrow_mut(|running| running.push(thread));
         Ok(())
