@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::calls::{Calls, Grant, Settle, Verb};
 use crate::error::{Error, ErrorKind, Result};
 use crate::home::Home;
-use crate::lane::{ALONE, Airborne, Lane, PopJob, PushJob, SettleJob, State, Task, TurnJob};
+use crate::lane::{Airborne, Lane, PopJob, PushJob, SettleJob, State, TELLING, Task, TurnJob};
 use crate::link::{Links, Route};
 use crate::observer::{Abandoned, Event, Observer};
 use crate::outside::{Teller, outside};
@@ -242,7 +242,7 @@ impl Engine {
             let _ = self.launch(state);
         } else if state.telling > 0 {
             // Most likely they are back before; else the keeper starts another.
-            self.wake_keeper(state, Instant::now() + ALONE);
+            self.wake_keeper(state, Instant::now() + TELLING);
         }
     }
 

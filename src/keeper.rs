@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use crate::crew::Outcome;
 use crate::engine::{Engine, SHORTAGE, STRAYS};
 use crate::error::{Error, ErrorKind};
-use crate::lane::{ALONE, State};
+use crate::lane::{ALONE, State, TELLING};
 use crate::outside::steadily;
 use crate::slot::{FlightId, lock};
 use crate::upkeep::{Everywhere, Upkeep};
@@ -107,7 +107,7 @@ impl Engine {
             && state.in_use < most
             && (most..most + STRAYS).contains(&state.threads)
         {
-            let again = state.took_off.map_or(now, |at| at + ALONE);
+            let again = state.took_off.map_or(now, |at| at + TELLING);
             if again > now {
                 return Some(again);
             }

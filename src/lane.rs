@@ -55,6 +55,10 @@ pub(crate) trait Task: Send {
 /// server, does not hold up the rest.
 pub(crate) const ALONE: Duration = Duration::from_millis(20);
 
+/// For so long the threads may be busy with telling observers before another one stands in for them. Long enough that a
+/// thread which was only not scheduled meanwhile has none.
+pub(crate) const TELLING: Duration = Duration::from_millis(200);
+
 /// A request of so many messages has a flight of its own beside others: sharing would save it nothing.
 const LARGE: usize = 100;
 
