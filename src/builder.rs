@@ -342,7 +342,7 @@ impl Builder {
     }
 
     /// What every new session is told: nothing that a role or a database sets may end an idle connection, make a call
-    /// fail, or take the time of just-in-time compilation.
+    /// fail, or take the time of just-in-time compilation. A database without an encoding sends its text as it is.
     fn greeting(&self) -> String {
         let millis = |time: Duration| time.as_millis().clamp(1, 2_000_000_000);
         // The time-outs first: those of the role may be shorter than this takes.
@@ -358,8 +358,11 @@ impl Builder {
              set tcp_user_timeout = {};
              set pushpop_pg.max_payload = {};
              select pg_catalog.set_config(s.name, v.value, false)
-             from pg_catalog.pg_settings s, (values ('client_connection_check_interval', '10s'), ('idle_session_timeout', '0')) v(name, value)
-             where s.name operator(pg_catalog.=) v.name",
+             from pg_catalog.pg_settings s,
+                  (values ('client_connection_check_interval', '10s'), ('idle_session_timeout', '0'), ('client_encoding',
+                    case when pg_catalog.getdatabaseencoding() operator(pg_catalog.=) 'SQL_ASCII' then 'SQL_ASCII' end)
+                  ) v(name, value)
+             where s.name operator(pg_catalog.=) v.name and v.value is not null",
             millis(self.operation_timeout),
             millis(lock_patience(self.operation_timeout)),
             // As on our side. It ends a session whose client was stopped, and with it what that holds back.

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::link::Call;
 use crate::message::{Failure, Message, State};
 use crate::schema::Schema;
+use crate::text::Text;
 use crate::topic::Stats;
 
 /// Every statement that the queue ever sends, apart from migrations and a caller's own.
@@ -382,7 +383,7 @@ impl Stats {
             Ok(u64::try_from(row.try_get::<_, i64>(i)?).unwrap_or_default())
         };
         Ok(Stats {
-            topic: row.try_get(0)?,
+            topic: row.try_get::<_, Text>(0)?.0,
             at: row.try_get(1)?,
             ready: figure(2)?,
             delayed: figure(3)?,
@@ -398,25 +399,25 @@ impl Stats {
     }
 }
 
-fn headers(pairs: Option<Vec<String>>) -> BTreeMap<String, String> {
+fn headers(pairs: Option<Vec<Text>>) -> BTreeMap<String, String> {
     let mut map = BTreeMap::new();
     let mut pairs = pairs.unwrap_or_default().into_iter();
     while let (Some(name), Some(value)) = (pairs.next(), pairs.next()) {
-        map.insert(name, value);
+        map.insert(name.0, value.0);
     }
     map
 }
 
-fn failures(texts: Option<Vec<String>>) -> Vec<Failure> {
+fn failures(texts: Option<Vec<Text>>) -> Vec<Failure> {
     let mut failures = Vec::new();
     let mut texts = texts.unwrap_or_default().into_iter();
     while let (Some(attempt), Some(micros), Some(error)) = (texts.next(), texts.next(), texts.next()) {
-        let micros: i128 = micros.parse().unwrap_or_default();
+        let micros: i128 = micros.0.parse().unwrap_or_default();
         failures.push(Failure {
-            attempt: attempt.parse().unwrap_or_default(),
+            attempt: attempt.0.parse().unwrap_or_default(),
             at: OffsetDateTime::from_unix_timestamp_nanos(micros * 1000)
                 .unwrap_or(OffsetDateTime::UNIX_EPOCH),
-            error,
+            error: error.0,
         });
     }
     failures

@@ -134,6 +134,50 @@ impl Error {
         self
     }
 
+    /// The character that the encoding of the database does not have, if that is the reason. The server names its bytes,
+    /// in whatever language it speaks.
+    pub(crate) fn unstorable(&self) -> Option<char> {
+        if self.sqlstate() != Some("22P05") {
+            return None;
+        }
+        let bytes: Vec<u8> = self
+            .0
+            .message
+            .split_whitespace()
+            .map(|word| word.strip_prefix("0x").and_then(|hex| u8::from_str_radix(hex, 16).ok()))
+            .skip_while(Option::is_none)
+            .map_while(|byte| byte)
+            .collect();
+        std::str::from_utf8(&bytes).ok()?.chars().next()
+    }
+
+    /// Blames the topic, or one of the headers, if it has a character that the database cannot store.
+    pub(crate) fn blame<'a>(
+        self,
+        topic: &str,
+        mut headers: impl Iterator<Item = (&'a String, &'a String)>,
+    ) -> Self {
+        let Some(c) = self.unstorable() else { return self };
+        let what = if topic.contains(c) {
+            "the topic".to_owned()
+        } else if let Some((name, _)) = headers.find(|(name, value)| name.contains(c) || value.contains(c)) {
+            format!("the header {name:?}")
+        } else {
+            return self;
+        };
+        self.explained_as(
+            ErrorKind::Invalid,
+            format!("{what} cannot be stored: the encoding of the database has no {c:?}"),
+        )
+    }
+
+    /// The topic that cannot be stored, if that is what the error says.
+    pub(crate) fn impossible_topic(&self) -> Option<&str> {
+        let topic = self.0.topic.as_deref()?;
+        (self.0.kind == ErrorKind::Invalid && self.unstorable().is_some_and(|c| topic.contains(c)))
+            .then_some(topic)
+    }
+
     /// Says what it comes down to, before the server's own words.
     pub(crate) fn explained(self, words: impl fmt::Display) -> Self {
         let kind = self.0.kind;

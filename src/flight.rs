@@ -1,6 +1,7 @@
 //! What a connection thread does with the requests of a flight: one statement for all of them, and
 //! to each its own answer.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,9 @@ use crate::slot::{FlightId, lock};
 
 /// When it is worth looking again for those whose part of a flight was short, or of whom the server does not know yet.
 const SOON: Duration = Duration::from_millis(20);
+
+/// How many characters of the reasons of failures are replaced one by one, a round trip each.
+const REPLACED: usize = 8;
 
 pub(crate) struct Flight<'a, 'p> {
     pub(crate) engine: &'a Arc<Engine>,
@@ -75,7 +79,8 @@ impl<'p> Flight<'_, 'p> {
                         duplicates: duplicates.iter().filter(|d| **d).count(),
                     }));
                 }
-                drop(job.slot.land(self.id, answer));
+                let headers = || job.messages.iter().flat_map(|message| &message.headers);
+                drop(job.slot.land(self.id, answer.map_err(|e| e.blame(topic, headers()))));
             }
         }
     }
@@ -104,19 +109,19 @@ impl<'p> Flight<'_, 'p> {
                         &fallback,
                     ],
                 )?;
-                duplicates[0] = rows.first().is_some_and(|row| row.get(1));
+                duplicates[0] = rows.first().map_or(Ok(false), |row| row.try_get(1))?;
             }
             [Group { topic, .. }] => {
                 let batch = Batch::new(&messages);
                 for row in self.run(|calls| &calls.push_many, &batch.params(topic, &sender, &fallback))? {
-                    put(&mut duplicates, row.get(0), true);
+                    put(&mut duplicates, row.try_get(0)?, true);
                 }
             }
             _ => {
                 let (slices, batch) = (Slices::new(groups), Batch::new(&messages));
                 let params = [&slices.params()[..], &batch.params(&"", &sender, &fallback)[1..]].concat();
                 for row in self.run(|calls| &calls.push_topics, &params)? {
-                    put(&mut duplicates, row.get(0), true);
+                    put(&mut duplicates, row.try_get(0)?, true);
                 }
             }
         }
@@ -156,11 +161,17 @@ impl<'p> Flight<'_, 'p> {
     fn settle_together(&mut self, groups: &[Group<'_, SettleJob>]) -> Result<Vec<Vec<Verdict>>> {
         let jobs = || groups.iter().flat_map(|group| group.jobs);
         let settles: Vec<&Settle> = jobs().flat_map(|job| &job.settles).collect();
-        let proofs = Proofs::new(&settles);
+        let mut proofs = Proofs::new(&settles);
         let keep = self.engine.settings.keep_settled.as_secs_f64();
-        let rows = if let [Group { topic, .. }] = groups {
-            let params = [&[topic as &(dyn ToSql + Sync)][..], &proofs.params(&keep)[..]].concat();
-            self.run(|calls| &calls.settle_many, &params)?
+        let rows = if let [Group { topic, jobs }] = groups {
+            loop {
+                let params = [&[topic as &(dyn ToSql + Sync)][..], &proofs.params(&keep)[..]].concat();
+                match self.run(|calls| &calls.settle_many, &params) {
+                    // Each by itself first, so that the words of others stay as they are.
+                    Err(e) if jobs.len() == 1 && proofs.replace(&e) => {}
+                    other => break other?,
+                }
+            }
         } else {
             let slices = Slices::new(groups);
             let params = [&slices.params()[..], &proofs.params(&keep)[..]].concat();
@@ -168,7 +179,7 @@ impl<'p> Flight<'_, 'p> {
         };
         let mut verdicts = vec![Verdict::Settled; settles.len()];
         for row in rows {
-            put(&mut verdicts, row.get(0), Verdict::read(row.get(1), row.get(2)));
+            put(&mut verdicts, row.try_get(0)?, Verdict::read(row.try_get(1)?, row.try_get(2)?));
         }
         Ok(split(jobs(), verdicts))
     }
@@ -188,7 +199,10 @@ impl<'p> Flight<'_, 'p> {
             match self.look(topic, &mut outcomes[0]) {
                 Ok(true) => {}
                 Ok(false) => return,
-                Err(e) => return outcomes[0] = Outcome::failed(e.during("pop", Some(topic))),
+                Err(e) => {
+                    return outcomes[0] =
+                        Outcome::failed(e.blame(topic, std::iter::empty()).during("pop", Some(topic)));
+                }
             }
         }
         match self.pop_together(parts) {
@@ -207,7 +221,9 @@ impl<'p> Flight<'_, 'p> {
             }
             Err(e) => {
                 for ((topic, _), outcome) in parts.iter().zip(outcomes) {
-                    *outcome = Outcome::failed(e.clone().during("pop", Some(topic)));
+                    *outcome = Outcome::failed(
+                        e.clone().blame(topic, std::iter::empty()).during("pop", Some(topic)),
+                    );
                 }
             }
         }
@@ -228,7 +244,7 @@ impl<'p> Flight<'_, 'p> {
         } else {
             let topics: Vec<&str> = parts.iter().map(|(topic, _)| *topic).collect();
             for row in self.run(|calls| &calls.pop_topics, &[&topics, &asked, &leases, &fallback])? {
-                let part = usize::try_from(row.get::<_, i64>("part") - 1).unwrap_or(usize::MAX);
+                let part = usize::try_from(row.try_get::<_, i64>("part")? - 1).unwrap_or(usize::MAX);
                 if let (Some(topic), Some(grants)) = (topics.get(part), grants.get_mut(part)) {
                     grants.push(Grant::read(topic, &row, sent)?);
                 }
@@ -339,11 +355,11 @@ impl<'p> Flight<'_, 'p> {
         let mut verdicts = vec![Verdict::Settled; settles.len()];
         let mut grants: Vec<Vec<Grant>> = groups.iter().map(|_| Vec::new()).collect();
         for row in rows {
-            if let Some(place) = row.get("place") {
-                put(&mut verdicts, place, Verdict::read(row.get("result"), row.get("lease_until")));
+            if let Some(place) = row.try_get("place")? {
+                put(&mut verdicts, place, Verdict::read(row.try_get("result")?, row.try_get("lease_until")?));
                 continue;
             }
-            let part = usize::try_from(row.get::<_, i64>("part") - 1).unwrap_or(usize::MAX);
+            let part = usize::try_from(row.try_get::<_, i64>("part")? - 1).unwrap_or(usize::MAX);
             if let (Some(group), Some(grants)) = (groups.get(part), grants.get_mut(part)) {
                 grants.push(Grant::read(group.topic, &row, sent)?);
             }
@@ -357,13 +373,13 @@ impl<'p> Flight<'_, 'p> {
         let within = self.engine.settings.poll_interval.as_secs_f64();
         let rows = self.run(|calls| &calls.wait_for, &[&topic, &waiter, &within])?;
         let Some(row) = rows.first() else { return Ok(false) };
-        let due_in: Option<f64> = row.get(1);
+        let due_in: Option<f64> = row.try_get(1)?;
         outcome.look_in = due_in.and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());
-        outcome.registered = row.get(2);
+        outcome.registered = row.try_get(2)?;
         if !outcome.registered {
             outcome.look_in = outcome.look_in.min(Some(SOON)).or(Some(SOON));
         }
-        Ok(row.get(0) || outcome.look_in.is_some_and(|wait| wait.is_zero()))
+        Ok(row.try_get(0)? || outcome.look_in.is_some_and(|wait| wait.is_zero()))
     }
 
     // All of them.
@@ -456,20 +472,40 @@ struct Proofs<'a> {
     tokens: Vec<&'a [u8]>,
     words: Vec<&'a str>,
     delays: Option<Vec<Option<f64>>>,
-    errors: Option<Vec<Option<&'a str>>>,
+    errors: Option<Vec<Option<Cow<'a, str>>>>,
+    /// How many characters were replaced in them.
+    replaced: usize,
 }
 
 impl<'a> Proofs<'a> {
     fn new(settles: &[&'a Settle]) -> Self {
         let delays: Vec<Option<f64>> = settles.iter().map(|s| s.verb.delay()).collect();
-        let errors: Vec<Option<&str>> = settles.iter().map(|s| s.verb.error()).collect();
+        let errors: Vec<Option<Cow<'a, str>>> =
+            settles.iter().map(|s| s.verb.error().map(Cow::Borrowed)).collect();
         Proofs {
             ids: settles.iter().map(|s| s.id).collect(),
             tokens: settles.iter().map(|s| s.token.as_slice()).collect(),
             words: settles.iter().map(|s| s.verb.word()).collect(),
             delays: delays.iter().any(Option::is_some).then_some(delays),
             errors: errors.iter().any(Option::is_some).then_some(errors),
+            replaced: 0,
         }
+    }
+
+    /// Replaces what the database cannot store in the reasons of failures, which must not be lost with it: the
+    /// character that it has refused, and after a few of them all that are not ASCII. Returns whether there was any.
+    fn replace(&mut self, refused: &Error) -> bool {
+        let Some(refused) = refused.unstorable() else { return false };
+        self.replaced += 1;
+        let all = self.replaced > REPLACED;
+        let goes = |c: char| c == refused || all && !c.is_ascii();
+        let mut any = false;
+        for error in self.errors.iter_mut().flatten().flatten().filter(|error| error.contains(goes)) {
+            any = true;
+            let written = |c: char| if goes(c) { c.escape_unicode().to_string() } else { c.to_string() };
+            *error = Cow::Owned(error.chars().map(written).collect());
+        }
+        any
     }
 
     fn params<'p>(&'p self, keep: &'p f64) -> [&'p (dyn ToSql + Sync); 6] {

@@ -267,6 +267,10 @@
 //! | [`failures`](Message::failures) of a message | the newest 10, of 8,192 characters each; longer ones are cut |
 //! | messages and bytes in one statement | 1,000 and 16 MiB, unless one call alone has more |
 //!
+//! In a database of another encoding than UTF-8, a topic or header with a character that it does not have is
+//! [`Invalid`](ErrorKind::Invalid); in the reason of a failure such a character is replaced, as in `\u{2192}`. A
+//! database of the encoding SQL_ASCII does not check text, and is warned of at [`connect`](Queue::connect).
+//!
 //! # Which rights does it need?
 //!
 //! PostgreSQL 13 or newer; no extension, no superuser. To install or migrate: `connect`, and `create` on the

@@ -284,7 +284,7 @@ impl Queue {
                     &fallback,
                 ],
             )
-            .map_err(during)?;
+            .map_err(|e| during(e.blame(topic, message.headers.iter())))?;
         Ok(message.id)
     }
 
@@ -518,7 +518,7 @@ impl Queue {
     /// [`Invalid`](crate::ErrorKind::Invalid) for a topic outside the limits; whatever is wrong with
     /// the connection.
     pub fn find(&self, topic: &str, id: Uuid) -> Result<Option<Message>> {
-        let during = |e: Error| e.during("find", Some(topic));
+        let during = |e: Error| e.blame(topic, std::iter::empty()).during("find", Some(topic));
         limits::topic(topic).map_err(during)?;
         let owned = topic.to_owned();
         self.call(move |engine, link, deadline| {

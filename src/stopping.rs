@@ -101,6 +101,8 @@ pub(crate) struct Stopping {
 struct State {
     cause: Option<Cause>,
     failed: Option<Error>,
+    /// Why a thread has nothing to do any more.
+    quit: Option<Error>,
     threads: usize,
     /// Pops that wait.
     waiting: HashMap<u64, Arc<Slot<Vec<Grant>>>>,
@@ -127,6 +129,11 @@ impl Stopping {
         if is_first {
             outside(|| tracing::error!("the worker stops: {error}"));
         }
+    }
+
+    /// Notes that a thread ends, for an error that is no reason for the others to end. It is the worker's if they all do.
+    pub(crate) fn quit(&self, error: Error) {
+        lock(&self.state).quit.get_or_insert(error);
     }
 
     pub(crate) fn is_set(&self) -> bool {
@@ -184,7 +191,7 @@ impl Stopping {
 
     pub(crate) fn ended(&self, unfinished: usize) -> Result<Ended> {
         let state = lock(&self.state);
-        match &state.failed {
+        match state.failed.as_ref().or(state.quit.as_ref().filter(|_| state.cause.is_none())) {
             Some(error) => Err(error.clone()),
             None => Ok(Ended { cause: state.cause.unwrap_or(Cause::Stopped), unfinished }),
         }

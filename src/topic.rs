@@ -241,7 +241,7 @@ impl Topic<'_> {
                 })
             })
             .and_then(read)
-            .map_err(|e| e.during(name, Some(self.name)))
+            .map_err(|e| e.blame(self.name, std::iter::empty()).during(name, Some(self.name)))
     }
 }
 

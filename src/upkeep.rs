@@ -89,7 +89,8 @@ impl Upkeep {
             let most = STEP / topics.len();
             let rows =
                 link.run(deadline, &engine.calls.upkeep, &[&topics, &i32::try_from(most).unwrap_or(1)])?;
-            let mut deleted = rows.iter().map(|row| usize::try_from(row.get::<_, i64>(0)).unwrap_or(0));
+            let deleted: Result<Vec<i64>, postgres::Error> = rows.iter().map(|row| row.try_get(0)).collect();
+            let mut deleted = deleted?.into_iter().map(|count| usize::try_from(count).unwrap_or(0));
             topics.retain(|_| deleted.next() >= Some(most));
         }
         Ok(())
@@ -126,13 +127,14 @@ impl Everywhere {
             let deadline = Instant::now() + self.engine.settings.operation_timeout;
             let after = lock(&self.engine.state).upkept.clone();
             let rows = link.run(deadline, &self.engine.calls.upkeep_due, &[&after])?;
-            let topics: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+            // A name that is no UTF-8 cannot be sent back.
+            let topics: Vec<String> = rows.iter().filter_map(|row| row.try_get(0).ok()).collect();
             for topics in topics.chunks(TOGETHER) {
                 // Also when it fails: one topic does not hold up those behind it.
                 lock(&self.engine.state).upkept = topics.last().cloned().unwrap_or_default();
                 Upkeep::step(&self.engine, topics, link)?;
             }
-            if topics.len() < DUE {
+            if rows.len() < DUE || topics.is_empty() {
                 lock(&self.engine.state).upkept.clear();
                 break;
             }

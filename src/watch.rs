@@ -392,9 +392,9 @@ impl Watch {
         let params: [&(dyn ToSql + Sync); 4] = [&topics, &ids, &tokens, &lengths];
         let mut results = vec![String::new(); due.len()];
         for row in link.run(until, &self.engine.calls.heartbeat, &params)? {
-            let place = usize::try_from(row.get::<_, i32>(0) - 1).unwrap_or(usize::MAX);
+            let place = usize::try_from(row.try_get::<_, i32>(0)? - 1).unwrap_or(usize::MAX);
             if let Some(result) = results.get_mut(place) {
-                *result = row.get(1);
+                *result = row.try_get(1)?;
             }
         }
         Ok((link, results))

@@ -284,19 +284,19 @@ impl<'a> Worker<'a> {
 
     /// Handles message after message until the worker stops.
     fn serve(&self, handler: &Handler<'a>, watch: &Arc<Watch>) {
-        let mut asked = None;
-        while let Some(lease) = self.next(handler, asked.take()) {
+        let (mut topics, mut asked) = (handler.topics.clone(), None);
+        while let Some(lease) = self.next(&mut topics, asked.take()) {
             asked = self.work(handler, lease, watch, true);
         }
     }
 
     /// The next message, from a pop that is under way already or a new one.
-    fn next(&self, handler: &Handler<'a>, asked: Option<Asked>) -> Option<Lease> {
+    fn next(&self, topics: &mut Vec<String>, asked: Option<Asked>) -> Option<Lease> {
         if asked.is_none() && self.stopping.is_set() {
             return None;
         }
-        let span = span::pop_any(&handler.topics).entered();
-        let slot = asked.map_or_else(|| self.queue.ask_any(&handler.topics), Ok);
+        let span = span::pop_any(topics).entered();
+        let slot = asked.map_or_else(|| self.queue.ask_any(topics), Ok);
         match slot.and_then(|slot| self.stopping.wait(&slot)) {
             Ok(grants) => {
                 let mut leases = self.queue.leases(grants);
@@ -309,6 +309,14 @@ impl<'a> Worker<'a> {
                 if let Err(e) = lease.release() {
                     outside(|| tracing::warn!("a message was not released, its lease will expire: {e}"));
                 }
+                None
+            }
+            Err(e) if leave_out(topics, &e) => {
+                drop(span);
+                if !topics.is_empty() {
+                    return self.next(topics, None);
+                }
+                self.stopping.quit(e);
                 None
             }
             Err(e) => self.give_up(e),
@@ -325,16 +333,18 @@ impl<'a> Worker<'a> {
     }
 
     fn exhaust(&self, handler: &Handler<'a>, watch: &Arc<Watch>, idle: &Idle) {
-        let mut seen = None;
+        let (mut topics, mut seen) = (handler.topics.clone(), None);
         while idle.begin(&mut seen) {
-            while !self.stopping.is_set() {
-                match self.queue.try_pop_any(&handler.topics) {
+            while !self.stopping.is_set() && !topics.is_empty() {
+                match self.queue.try_pop_any(&topics) {
                     Ok(Some(lease)) => {
                         self.work(handler, lease, watch, false);
                         idle.worked();
                         seen = None;
                     }
                     Ok(None) => break,
+                    Err(e) if (topics.len() > 1 || self.handlers.len() > 1) && leave_out(&mut topics, &e) => {
+                    }
                     Err(e) => return idle.fail(e),
                 }
             }
@@ -470,6 +480,15 @@ impl fmt::Debug for Worker<'_> {
         let topics: Vec<&[String]> = self.handlers.iter().map(|handler| &*handler.topics).collect();
         f.debug_struct("Worker").field("topics", &topics).field("grace", &self.grace).finish_non_exhaustive()
     }
+}
+
+/// Goes on without a topic whose name the database cannot store: it has no messages, and must not end the work on
+/// others. Returns whether that is what the error says.
+fn leave_out(topics: &mut Vec<String>, error: &Error) -> bool {
+    let Some(impossible) = error.impossible_topic() else { return false };
+    outside(|| tracing::error!(topic = impossible, "the worker goes on without a topic: {error}"));
+    topics.retain(|topic| topic != impossible);
+    true
 }
 
 /// The words of an error and of all its causes.

@@ -8,6 +8,7 @@ mod contract;
 mod control;
 mod dead;
 mod documents;
+mod encoding;
 mod errors;
 mod foreign;
 #[cfg(unix)]
