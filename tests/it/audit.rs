@@ -11,58 +11,13 @@ use pushpop_pg::{Lease, NewMessage, Queue, uuid::Uuid};
 
 use crate::world::{World, until};
 
-/// What must be true between any two transactions: each query finds nothing.
-const RULES: [(&str, &str); 7] = [
-    (
-        "a live message that is in no run and in no lease of its present delivery",
-        "select m.id from pushpop.messages m where m.state in ('p', 'd', 'r', 'f', 'e')
-         and not exists (select from pushpop.runs q where q.topic = m.topic and m.id = any (q.ids))
-         and not exists (select from pushpop.leases l, unnest(l.ids, l.fences) u(id, fence)
-                         where l.topic = m.topic and u.id = m.id and u.fence = pushpop.delivery(m.pushed_at, m.fence))",
-    ),
-    (
-        "a message that is in a run and in a lease of its present delivery",
-        "select m.id from pushpop.messages m
-         join pushpop.runs q on q.topic = m.topic and m.id = any (q.ids)
-         join pushpop.leases l on l.topic = m.topic and m.id = any (l.ids)
-         where l.fences[array_position(l.ids, m.id)] = pushpop.delivery(m.pushed_at, m.fence)",
-    ),
-    (
-        "a message that is in two runs",
-        "select u.id from pushpop.runs q, unnest(q.ids) u(id) group by q.topic, u.id having count(*) > 1",
-    ),
-    (
-        "a run that is not what it says, or of a message that does not wait",
-        "select q.id from pushpop.runs q where q.n <> cardinality(q.ids) or q.id <> q.ids[1]
-         or exists (select from unnest(q.ids) u(id) where not exists (
-             select from pushpop.messages m where m.topic = q.topic and m.id = u.id
-             and m.state in ('p', 'd', 'r', 'f', 'e')))",
-    ),
-    (
-        "a run that a pop would not find: it is before the low watermark, and no late entry says so",
-        "select q.id from pushpop.runs q join pushpop.topics t on t.topic = q.topic
-         where q.ready_at < t.low and not exists (
-             select from pushpop.behind b where b.topic = q.topic and b.ready_at <= q.ready_at)",
-    ),
-    (
-        "a lease with more open messages than it counts",
-        "select l.ids[1] from pushpop.leases l where octet_length(l.key) = 16 and l.open < (
-             select count(*) from unnest(l.ids, l.fences) u(id, fence)
-             join pushpop.messages m on m.topic = l.topic and m.id = u.id and pushpop.delivery(m.pushed_at, m.fence) = u.fence
-             where m.state in ('p', 'd', 'r', 'f', 'e'))",
-    ),
-    (
-        "a dead message that is not listed as dead, or one that is listed and not dead",
-        "select coalesce(m.id, d.id) from (select m.topic, m.done_at, m.id from pushpop.messages m where m.state in ('z', 'y')) m
-         full join pushpop.dead d on d.topic = m.topic and d.died_at = m.done_at and d.id = m.id
-         where m.id is null or d.id is null",
-    ),
-];
+#[path = "../rules/mod.rs"]
+mod rules;
 
 pub(crate) fn audit(world: &World, client: &mut Client) {
     let mut tx =
         client.build_transaction().isolation_level(postgres::IsolationLevel::RepeatableRead).start().unwrap();
-    for (rule, sql) in RULES {
+    for (rule, sql) in rules::RULES {
         let broken: Vec<Uuid> =
             tx.query(&world.sql(sql), &[]).unwrap().iter().map(|row| row.get(0)).collect();
         assert!(broken.is_empty(), "{rule}: {broken:?}");

@@ -1,13 +1,13 @@
 //! The checker: the properties of the contract, against all logs and the store.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
 
 use pushpop_pg::uuid::Uuid;
 
 use crate::history::{Grant, History, Known, Place, Pushed, Settle, Verb};
 use crate::journal::Outcome;
-use crate::plan::EFFECTS;
+use crate::plan::{BOUNCE, EFFECTS};
 use crate::store::{Granted, Store, Stored};
 
 /// How many violations of a property are shown with their lines.
@@ -50,6 +50,9 @@ impl Property {
 const RUN: usize = 25;
 const LONGEST_POP: i64 = 15_000_000;
 
+/// The number of the property that is checked during a campaign, too.
+pub(crate) const IN_REACH: usize = 10;
+
 /// Checks all properties.
 pub(crate) fn check(history: &History, store: &Store) -> Vec<Property> {
     vec![
@@ -62,6 +65,7 @@ pub(crate) fn check(history: &History, store: &Store) -> Vec<Property> {
         exactly_one_effect(history, store),
         pushed_once(history, store),
         served_again(history),
+        in_reach(history),
     ]
 }
 
@@ -69,19 +73,26 @@ pub(crate) fn check(history: &History, store: &Store) -> Vec<Property> {
 pub(crate) fn render(properties: &[Property], history: &History) -> String {
     let mut text = String::new();
     for (number, property) in properties.iter().enumerate() {
-        let verdict = match property.found {
-            0 => "holds".to_owned(),
-            found => format!("VIOLATED {found} times"),
-        };
-        let _ = writeln!(text, "{} {}: {verdict}; {}", number + 1, property.name, property.checked);
-        for (what, places) in &property.shown {
-            let _ = writeln!(text, "    {what}");
-            for place in places.iter().take(LINES) {
-                let _ = writeln!(text, "        {}", history.line(*place));
-            }
-            if places.len() > LINES {
-                let _ = writeln!(text, "        and {} more", places.len() - LINES);
-            }
+        text += &render_one(number + 1, property, history);
+    }
+    text
+}
+
+/// A property with its number.
+pub(crate) fn render_one(number: usize, property: &Property, history: &History) -> String {
+    let mut text = String::new();
+    let verdict = match property.found {
+        0 => "holds".to_owned(),
+        found => format!("VIOLATED {found} times"),
+    };
+    let _ = writeln!(text, "{number} {}: {verdict}; {}", property.name, property.checked);
+    for (what, places) in &property.shown {
+        let _ = writeln!(text, "    {what}");
+        for place in places.iter().take(LINES) {
+            let _ = writeln!(text, "        {}", history.line(*place));
+        }
+        if places.len() > LINES {
+            let _ = writeln!(text, "        and {} more", places.len() - LINES);
         }
     }
     text
@@ -190,33 +201,33 @@ fn one_live_lease(history: &History, store: &Store) -> Property {
             doubtful += known.grants.len();
             continue;
         }
-        let stored = store.grants.get(id).map_or(&[][..], Vec::as_slice);
-        unseen += stored.iter().filter(|g| known.grants.iter().all(|seen| seen.fence != g.fence)).count();
-        for (n, grant) in known.grants.iter().enumerate() {
-            checked += 1;
-            if let Some(twin) = known.grants[..n].iter().find(|other| other.fence == grant.fence) {
-                let what = format!("delivery {} of {id} was handed out twice", grant.fence);
-                property.violated(what, vec![twin.place, grant.place]);
+        let deliveries = Deliveries::of(known, store.grants.get(id).map_or(&[][..], Vec::as_slice));
+        for (fence, delivery) in &deliveries.0 {
+            if delivery.seen.is_empty() {
+                unseen += delivery.granted.len();
             }
-            let Some((at, place)) = next(known, stored, grant.fence) else { continue };
-            followed += 1;
-            // The clock of the server may not be that of its clients.
-            let before = |s: &Settle| s.wall <= at || history.steps > 0;
-            let ended =
-                known.settles.iter().any(|s| s.fence == grant.fence && s.may_have_ended() && before(s));
-            if at < grant.deadline && !ended {
-                let what = format!(
-                    "{id} was handed out again {} ms before the deadline of delivery {}",
-                    (grant.deadline - at) / 1000,
-                    grant.fence
-                );
-                property.violated(what, [Some(grant.place), place].into_iter().flatten().collect());
+            if let [_, _, ..] = delivery.seen[..] {
+                let what = format!("delivery {fence} of {id} was handed out twice");
+                property.violated(what, delivery.seen.iter().map(|grant| grant.place).collect());
             }
-        }
-        for (n, grant) in stored.iter().enumerate() {
-            if stored[..n].iter().any(|other| other.fence == grant.fence) {
-                let what = format!("delivery {} of {id} was granted twice", grant.fence);
+            if delivery.granted.len() > 1 {
+                let what = format!("delivery {fence} of {id} was granted twice");
                 property.violated(what, known.places());
+            }
+            for grant in &delivery.seen {
+                checked += 1;
+                let Some((at, place)) = deliveries.next(*fence) else { continue };
+                followed += 1;
+                // The clock of the server may not be that of its clients.
+                let before = |s: &Settle| s.wall <= at || history.steps > 0;
+                let ended = delivery.settles.iter().any(|s| s.may_have_ended() && before(s));
+                if at < grant.deadline && !ended {
+                    let what = format!(
+                        "{id} was handed out again {} ms before the deadline of delivery {fence}",
+                        (grant.deadline - at) / 1000
+                    );
+                    property.violated(what, [Some(grant.place), place].into_iter().flatten().collect());
+                }
             }
         }
     }
@@ -228,15 +239,47 @@ fn one_live_lease(history: &History, store: &Store) -> Property {
     property
 }
 
-/// The delivery that followed another: by the server's clock where it is known, else when the client had it.
-fn next(known: &Known, stored: &[Granted], fence: i64) -> Option<(i64, Option<Place>)> {
-    let seen = known.grants.iter().filter(|g| g.fence > fence).min_by_key(|g| g.fence);
-    let granted = stored.iter().filter(|g| g.fence > fence).min_by_key(|g| g.fence);
-    match (granted, seen) {
-        (Some(granted), Some(seen)) if seen.fence == granted.fence => Some((granted.at, Some(seen.place))),
-        (Some(granted), _) => Some((granted.at, None)),
-        (None, Some(seen)) => Some((seen.wall, Some(seen.place))),
-        (None, None) => None,
+/// The deliveries of a message by their numbers: one that bounces has thousands.
+struct Deliveries<'a>(BTreeMap<i64, Delivery<'a>>);
+
+/// What clients saw of a delivery, when the server granted it, and how it was settled.
+#[derive(Default)]
+struct Delivery<'a> {
+    seen: Vec<&'a Grant>,
+    granted: Vec<Granted>,
+    settles: Vec<&'a Settle>,
+}
+
+impl<'a> Deliveries<'a> {
+    fn of(known: &'a Known, granted: &[Granted]) -> Deliveries<'a> {
+        let mut deliveries: BTreeMap<i64, Delivery<'a>> = BTreeMap::new();
+        for grant in &known.grants {
+            deliveries.entry(grant.fence).or_default().seen.push(grant);
+        }
+        for grant in granted {
+            deliveries.entry(grant.fence).or_default().granted.push(*grant);
+        }
+        for settle in &known.settles {
+            deliveries.entry(settle.fence).or_default().settles.push(settle);
+        }
+        Deliveries(deliveries)
+    }
+
+    /// The delivery that followed another: by the server's clock where it is known, else when the client had it.
+    fn next(&self, fence: i64) -> Option<(i64, Option<Place>)> {
+        let later = || self.0.range(fence + 1..);
+        let seen = later().find_map(|(fence, d)| Some((fence, *d.seen.first()?)));
+        let granted = later().find_map(|(fence, d)| Some((fence, d.granted.first()?)));
+        match (granted, seen) {
+            (Some((at, granted)), Some((fence, seen))) if fence == at => Some((granted.at, Some(seen.place))),
+            (Some((_, granted)), _) => Some((granted.at, None)),
+            (None, Some((_, seen))) => Some((seen.wall, Some(seen.place))),
+            (None, None) => None,
+        }
+    }
+
+    fn settles(&self, fence: i64) -> &[&'a Settle] {
+        self.0.get(&fence).map_or(&[], |delivery| &delivery.settles)
     }
 }
 
@@ -252,15 +295,16 @@ fn tokens(history: &History, store: &Store) -> Property {
         let stored = store.messages.get(id);
         // By the clients' clock where that of the server was stepped.
         let granted = store.grants.get(id).filter(|_| history.steps == 0).map_or(&[][..], Vec::as_slice);
+        let deliveries = Deliveries::of(known, granted);
         for settle in &known.settles {
             settles += 1;
             lost += usize::from(settle.outcome == Outcome::Lost);
-            let late = next(known, granted, settle.fence).is_some_and(|(at, _)| at < settle.wall);
+            let late = deliveries.next(settle.fence).is_some_and(|(at, _)| at < settle.wall);
             stale += usize::from(late);
             if settle.outcome != Outcome::Ok {
                 continue;
             }
-            if let Some(what) = wrongly_accepted(known, stored, granted, settle, late) {
+            if let Some(what) = wrongly_accepted(&deliveries, stored, settle, late) {
                 property.violated(format!("{id}: {what}"), known.places());
             }
         }
@@ -291,16 +335,15 @@ fn tokens(history: &History, store: &Store) -> Property {
 
 /// Why a settle that was answered with ok should not have been.
 fn wrongly_accepted(
-    known: &Known,
+    deliveries: &Deliveries<'_>,
     stored: Option<&Stored>,
-    granted: &[Granted],
     settle: &Settle,
     late: bool,
 ) -> Option<String> {
     let fence = settle.fence;
     if settle.verb.is_final() {
         let state = if settle.verb == Verb::Complete { 'c' } else { 'x' };
-        if next(known, granted, fence).is_some() {
+        if deliveries.next(fence).is_some() {
             return Some(format!("delivery {fence} was settled, and another followed"));
         }
         if let Some(stored) = stored.filter(|stored| stored.fence != fence || stored.state != state) {
@@ -310,15 +353,13 @@ fn wrongly_accepted(
             ));
         }
     }
-    let before =
-        |s: &&Settle| s.fence == fence && s.verb == settle.verb && s.wall < settle.wall && s.may_have_ended();
-    if late && !known.settles.iter().any(|s| before(&s)) {
+    let same = deliveries.settles(fence);
+    let before = |s: &Settle| s.verb == settle.verb && s.wall < settle.wall && s.may_have_ended();
+    if late && !same.iter().any(|s| before(s)) {
         return Some(format!("delivery {fence} was settled after it was handed on"));
     }
-    let other = |s: &&Settle| {
-        s.fence == fence && s.outcome == Outcome::Ok && s.verb != settle.verb && s.verb != Verb::Extend
-    };
-    (settle.verb != Verb::Extend && known.settles.iter().any(|s| other(&s)))
+    let other = |s: &Settle| s.outcome == Outcome::Ok && s.verb != settle.verb && s.verb != Verb::Extend;
+    (settle.verb != Verb::Extend && same.iter().any(|s| other(s)))
         .then(|| format!("delivery {fence} was settled in two ways"))
 }
 
@@ -478,6 +519,56 @@ fn served_again(history: &History) -> Property {
             slowest / 1000
         ),
     };
+    property
+}
+
+/// At any moment each message has exactly one place in the tables, and a pop would find it there; and one that does nothing
+/// but bounce is seen all the time.
+pub(crate) fn in_reach(history: &History) -> Property {
+    let mut property = Property::new("in reach");
+    let longest = history.audits.iter().map(|(_, took)| took).max().copied().unwrap_or_default();
+    property.checked = format!("{} audits, the longest of {} ms", history.audits.len(), longest / 1000);
+    for (place, rows) in &history.broken {
+        let places = (0..=*rows).map(|row| (place.0, place.1 + row)).collect();
+        property.violated("a rule of the tables was broken".into(), places);
+    }
+    if history.is_audited && history.audits.is_empty() && history.broken.is_empty() {
+        property.violated("no audit has come to its end".into(), Vec::new());
+    }
+    let Some(within) = history.reach else { return property };
+    if history.steps > 0 {
+        property.checked += "; the clock was stepped, and messages may wait for it";
+        return property;
+    }
+    let (mut messages, mut deliveries, mut slowest) = (0, 0, 0);
+    for (id, known) in &history.known {
+        if known.push.as_ref().is_none_or(|push| &*push.topic != BOUNCE) {
+            continue;
+        }
+        messages += 1;
+        deliveries += known.grants.len();
+        let mut seen: Vec<(i64, Place)> =
+            known.grants.iter().map(|grant| (grant.wall, grant.place)).collect();
+        seen.extend(
+            known.settles.iter().map(|settle| (settle.answered.unwrap_or(settle.wall), settle.place)),
+        );
+        seen.extend(known.push.iter().filter_map(|push| Some((push.answered?, push.place))));
+        seen.sort_unstable();
+        for pair in seen.windows(2) {
+            let gap = pair[1].0 - pair[0].0;
+            slowest = slowest.max(gap);
+            if gap > within {
+                let what = format!("{id} was out of reach for {} ms", gap / 1000);
+                property.violated(what, pair.iter().map(|(_, place)| *place).collect());
+            }
+        }
+    }
+    let _ = write!(
+        property.checked,
+        "; {messages} messages bounced {deliveries} times, none out of sight for more than {} ms of {}",
+        slowest / 1000,
+        within / 1000
+    );
     property
 }
 

@@ -9,15 +9,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pushpop_pg::postgres::{Client, Config, NoTls};
-use pushpop_pg::{BoxError, Queue, TopicSettings};
+use pushpop_pg::{BoxError, NewMessage, Queue, TopicSettings};
 
 use crate::args::Args;
+use crate::audit::Auditor;
 use crate::broken;
 use crate::chance::Chance;
-use crate::check::{Property, check, render};
+use crate::chance::hash;
+use crate::check::{self, IN_REACH, Property, check, render, render_one};
 use crate::history::History;
 use crate::journal::{Entry, Journal, now};
-use crate::plan::{Fault, ORDER, PLAIN, Plan, WORK};
+use crate::plan::{BOUNCE, BOUNCERS, Fault, ORDER, PLAIN, Plan, WORK};
 use crate::scratch::Scratch;
 use crate::stage::Stage;
 use crate::store;
@@ -40,6 +42,8 @@ enum Role {
     Plain,
     /// The one consumer of the topic `order`: a worker that is left alone.
     Order,
+    /// A worker that completes nothing until the faults are over. It may be killed, but is not stopped.
+    Bouncer,
 }
 
 /// A child process.
@@ -68,6 +72,7 @@ pub(crate) struct Director<'a> {
     pub(crate) journal: Journal,
     pub(crate) stage: Stage,
     members: Vec<Member>,
+    auditor: Auditor,
     pub(crate) chance: Chance,
     /// How many there were so far.
     pub(crate) cuts: usize,
@@ -79,9 +84,11 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<bool, BoxError> {
     let begun = Instant::now();
     let scratch = Scratch::new(args)?;
     let mut director = Director::start(plan, args, scratch.path().to_owned())?;
-    let ran = director.play();
+    let played = director.play();
+    let ran = director.auditor.end().and(played);
     let faulted = begun.elapsed();
     let checked = match ran {
+        _ if director.auditor.has_found() => director.show_broken(),
         Ok(()) => director.check(),
         Err(e) => {
             let log = director.stage.server.log();
@@ -131,8 +138,23 @@ impl<'a> Director<'a> {
             plan.lease
         );
         let journal = Journal::open(&dir.join("director.log"))?;
-        let chance = Chance::new(plan.seed);
-        Ok(Director { plan, args, dir, journal, stage, members: Vec::new(), chance, cuts: 0, full_disks: 0 })
+        journal.line(format!("reach {} {}", plan.reach().as_micros(), plan.audit.as_micros()));
+        if plan.bouncers > 0 {
+            push_bouncing(&queue, &journal)?;
+        }
+        let auditor = Auditor::start(stage.own_url(), plan.audit, Journal::open(&dir.join("audit.log"))?);
+        Ok(Director {
+            plan,
+            args,
+            dir,
+            journal,
+            stage,
+            members: Vec::new(),
+            auditor,
+            chance: Chance::new(plan.seed),
+            cuts: 0,
+            full_disks: 0,
+        })
     }
 
     fn play(&mut self) -> Result<(), BoxError> {
@@ -142,6 +164,9 @@ impl<'a> Director<'a> {
         }
         for n in 0..self.plan.plains {
             self.join(Role::Plain, format!("{PLAIN}{n}"), 0)?;
+        }
+        for n in 0..self.plan.bouncers {
+            self.join(Role::Bouncer, format!("{BOUNCE}{n}"), 0)?;
         }
         for (name, share) in [("a", mixed / 2), ("b", mixed - mixed / 2)] {
             self.join(Role::Producer, name.into(), share)?;
@@ -181,6 +206,7 @@ impl<'a> Director<'a> {
             Role::Producer => "producer",
             Role::Worker | Role::Order => "worker",
             Role::Plain => "plain",
+            Role::Bouncer => "bounce",
         };
         let log = self.dir.join(format!("{word}-{name}-{life}.log"));
         let args = args.clone().with("log", log.display());
@@ -192,11 +218,9 @@ impl<'a> Director<'a> {
         Ok((spawned, Log { path: log, read: 0, alive: 0 }))
     }
 
-    /// Those that may be killed and stopped, and run.
-    fn targets(&self) -> Vec<usize> {
-        let is_target = |member: &Member| {
-            matches!(member.role, Role::Worker | Role::Plain) && member.stopped_until.is_none()
-        };
+    /// Those of some roles that run.
+    fn targets(&self, roles: &[Role]) -> Vec<usize> {
+        let is_target = |member: &Member| roles.contains(&member.role) && member.stopped_until.is_none();
         (0..self.members.len()).filter(|n| is_target(&self.members[*n])).collect()
     }
 
@@ -301,6 +325,9 @@ impl<'a> Director<'a> {
     /// Sleeps, lets those go on whose time has come, and looks whether all live.
     pub(crate) fn rest(&mut self, until: Instant) -> Result<(), BoxError> {
         loop {
+            if self.auditor.has_stopped() {
+                return Err("there are no more audits".into());
+            }
             let now = Instant::now();
             for member in &mut self.members {
                 if member.stopped_until.is_some_and(|until| until <= now) {
@@ -322,7 +349,7 @@ impl<'a> Director<'a> {
     }
 
     fn kill_one(&mut self) -> Result<(), BoxError> {
-        let targets = self.targets();
+        let targets = self.targets(&[Role::Worker, Role::Plain, Role::Bouncer]);
         let Some(at) = targets.get(self.chance.place(targets.len())).copied() else { return Ok(()) };
         let member = &mut self.members[at];
         member.child.kill()?;
@@ -347,10 +374,11 @@ impl<'a> Director<'a> {
     /// Stops one for half to three lengths of its lease; never more than half of them.
     fn stop_one(&mut self) -> Result<(), BoxError> {
         let most = (self.plan.workers + self.plan.plains) / 2;
-        let mut targets = self.targets();
+        let stoppable = [Role::Worker, Role::Plain];
+        let mut targets = self.targets(&stoppable);
         while self.plan.workers + self.plan.plains - targets.len() >= most.max(1) {
             self.rest(Instant::now() + Duration::from_millis(20))?;
-            targets = self.targets();
+            targets = self.targets(&stoppable);
         }
         let Some(at) = targets.get(self.chance.place(targets.len())).copied() else { return Ok(()) };
         let time = self.plan.lease / 2 + self.chance.up_to(self.plan.lease * 5 / 2);
@@ -448,6 +476,14 @@ impl<'a> Director<'a> {
         Ok(())
     }
 
+    /// What an audit has found. Nothing else can be checked: the campaign has not come to its end.
+    fn show_broken(&self) -> Result<Vec<Property>, BoxError> {
+        let history = History::read(&self.dir)?;
+        let property = check::in_reach(&history);
+        print!("{}", render_one(IN_REACH, &property, &history));
+        Ok(vec![property])
+    }
+
     fn check(&mut self) -> Result<Vec<Property>, BoxError> {
         let store = store::read(&mut self.connect()?)?;
         let history = History::read(&self.dir)?;
@@ -456,6 +492,20 @@ impl<'a> Director<'a> {
         print!("{}", render(&properties, &history));
         Ok(properties)
     }
+}
+
+/// Pushes the messages that bounce. They fail and come back at once.
+fn push_bouncing(queue: &Queue, journal: &Journal) -> Result<(), BoxError> {
+    queue.topic(BOUNCE).set(&TopicSettings::default().with_backoff(Duration::ZERO, Duration::ZERO))?;
+    for n in 1..=BOUNCERS {
+        let payload = format!("{BOUNCE}-{n} ");
+        let (call, hash) = (journal.call(), hash(payload.as_bytes()));
+        let message = NewMessage::new(payload).max_attempts(None);
+        journal.line(format!("push {call} {BOUNCE} {} {BOUNCE}-{n} {hash:016x}", message.id()));
+        queue.push(BOUNCE, message)?;
+        journal.line(format!("pushed {call} ok"));
+    }
+    Ok(())
 }
 
 impl Log {

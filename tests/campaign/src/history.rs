@@ -11,6 +11,9 @@ use pushpop_pg::uuid::Uuid;
 use crate::journal::{Entry, Outcome};
 use crate::plan::ORDER;
 
+/// How much of a line is shown.
+const SHOWN: usize = 600;
+
 /// A line of a log: which file, which line of it, from zero.
 pub(crate) type Place = (usize, usize);
 
@@ -29,6 +32,12 @@ pub(crate) struct History {
     pub(crate) windows: Vec<(i64, i64)>,
     /// The keys of tokens that servers handed out which are gone, and when.
     pub(crate) granted: HashMap<String, i64>,
+    /// When all tables were audited, how long that took, and what rules were found broken.
+    pub(crate) audits: Vec<(i64, i64)>,
+    pub(crate) broken: Vec<(Place, usize)>,
+    pub(crate) is_audited: bool,
+    /// For how long a message that bounces may be out of sight.
+    pub(crate) reach: Option<i64>,
     /// How often the server's clock was stepped.
     pub(crate) steps: u64,
     pub(crate) calm: Option<(i64, i64)>,
@@ -240,6 +249,14 @@ impl History {
                 self.granted.insert(key, at);
             }
             Entry::Step => self.steps += 1,
+            Entry::Audited { took } => self.audits.push((wall, took)),
+            Entry::Broken => self.broken.push((place, 0)),
+            Entry::Row => {
+                if let Some((_, rows)) = self.broken.last_mut() {
+                    *rows += 1;
+                }
+            }
+            Entry::Reach { within, audits } => (self.reach, self.is_audited) = (Some(within), audits > 0),
             Entry::Calm { bound } => self.calm = Some((wall, bound)),
             Entry::Drained => self.drained = Some(wall),
             Entry::Other => {}
@@ -282,8 +299,8 @@ impl History {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
         let text = File::open(path).ok().and_then(|file| BufReader::new(file).lines().nth(line)?.ok());
         let mut text = text.unwrap_or_default();
-        if text.len() > 200 {
-            text.truncate(200);
+        if text.len() > SHOWN {
+            text.truncate(SHOWN);
             text.push_str(" ..");
         }
         format!("{name}:{}: {text}", line + 1)

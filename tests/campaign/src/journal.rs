@@ -20,6 +20,9 @@
 //! | `window FROM TO` | by the director: a standby took over, and what was committed between these two may be lost |
 //! | `granted KEY AT` | by the director: such a lease was there before the server was killed |
 //! | `step OFFSET` | by the director: how far the server's clock is ahead from now on |
+//! | `reach WITHIN PERIOD` | by the director: for how long a message that bounces may be out of sight, and how often there are audits |
+//! | `audited MICROS` | by the auditor: all rules held in one snapshot, which took so long |
+//! | `broken ..`, `row ..` | by the auditor: a rule did not hold, and the rows that say so |
 //! | `calm BOUND`, `drained` | faults have ended, and by when the backlog must be gone; it is gone |
 //!
 //! An outcome is `ok`, `failed:KIND`, or `unknown:KIND` when the reply that would have said so never came.
@@ -113,6 +116,10 @@ pub(crate) enum Entry {
     Window { from: i64, to: i64 },
     Granted { key: String, at: i64 },
     Step,
+    Audited { took: i64 },
+    Broken,
+    Row,
+    Reach { within: i64, audits: u64 },
     Calm { bound: i64 },
     Drained,
     Other,
@@ -186,6 +193,12 @@ impl Entry {
             "window" => Entry::Window { from: words.next()?.parse().ok()?, to: words.next()?.parse().ok()? },
             "granted" => Entry::Granted { key: words.next()?.to_owned(), at: words.next()?.parse().ok()? },
             "step" => Entry::Step,
+            "audited" => Entry::Audited { took: words.next()?.parse().ok()? },
+            "broken" => Entry::Broken,
+            "row" => Entry::Row,
+            "reach" => {
+                Entry::Reach { within: words.next()?.parse().ok()?, audits: words.next()?.parse().ok()? }
+            }
             "calm" => Entry::Calm { bound: words.next()?.parse().ok()? },
             "drained" => Entry::Drained,
             "fault" | "note" => Entry::Other,

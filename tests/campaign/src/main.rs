@@ -6,6 +6,8 @@
 //! status is 1 when one is broken. `tests/RELIABILITY.md` says what was found.
 
 mod args;
+mod audit;
+mod bounce;
 mod broken;
 mod chance;
 mod check;
@@ -36,9 +38,11 @@ use crate::args::Args;
 use crate::plan::{Fault, Plan};
 
 /// Options of a campaign, and those with which it starts its children.
-const OPTIONS: [&str; 37] = [
+const OPTIONS: [&str; 39] = [
+    "audit",
     "backend-kills",
     "batch",
+    "bouncers",
     "broken",
     "clock-steps",
     "cuts",
@@ -102,7 +106,7 @@ fn run() -> Result<bool, BoxError> {
     }
     let role: Option<Role> = match word.as_str() {
         "producer" => Some(producer::run),
-        "worker" => Some(worker::run),
+        "worker" | "bounce" => Some(worker::run),
         "plain" => Some(plain::run),
         _ => None,
     };

@@ -15,6 +15,13 @@ pub(crate) const PLAIN: &str = "plain";
 /// One producer and one consumer, neither of which is killed or stopped.
 pub(crate) const ORDER: &str = "order";
 
+/// Popped and given back all the time, and completed only when the faults are over.
+pub(crate) const BOUNCE: &str = "bounce";
+
+/// How many messages bounce, and how long those are leased.
+pub(crate) const BOUNCERS: u64 = 6;
+pub(crate) const BOUNCE_LEASE: Duration = Duration::from_secs(1);
+
 /// Where effects and the tokens that were handed out are written down.
 pub(crate) const SCHEMA: &str = "campaign";
 
@@ -37,6 +44,10 @@ pub(crate) struct Plan {
     /// Processes with the library, each with several threads, and hand-written ones.
     pub(crate) workers: usize,
     pub(crate) plains: usize,
+    /// Processes that only bounce messages.
+    pub(crate) bouncers: usize,
+    /// The time from one audit of the tables to the next; zero: there are none.
+    pub(crate) audit: Duration,
 
     /// How often each fault, and the time from one to the next.
     faults: Vec<(Fault, u64)>,
@@ -184,6 +195,9 @@ impl Plan {
             messages: number("messages", *messages)?,
             workers: args.number("workers", 8)?,
             plains: args.number("plains", usize::from(shares[1] > 0))?,
+            // Whoever only sleeps until it is woken does not bounce.
+            bouncers: args.number("bouncers", usize::from(!wakes_only))?,
+            audit: args.millis("audit", Duration::from_millis(250))?,
             faults,
             interval: Duration::from_millis(interval),
             spread: Duration::from_millis(number("spread", spread)?),
@@ -239,6 +253,19 @@ impl Plan {
 
     pub(crate) fn ordered(&self) -> u64 {
         self.messages * self.shares[2] / 100
+    }
+
+    /// For how long a message that bounces may be out of sight: a lease, a poll interval and two seconds; a fault, until all
+    /// are served again; and what a loaded machine is allowed.
+    pub(crate) fn reach(&self) -> Duration {
+        let faults = Fault::ALL.iter().filter(|(fault, ..)| self.count(*fault) > 0);
+        let longest = faults
+            .map(|(fault, _, takes)| {
+                Duration::from_millis(*takes) + fault.mended_within().unwrap_or_default()
+            })
+            .max();
+        let poll = self.poll.min(Duration::from_secs(1));
+        BOUNCE_LEASE + poll + Duration::from_secs(2) + longest.unwrap_or_default() + ALLOWANCE
     }
 
     /// How long the backlog may take to be gone once the faults have ended: a lease, a poll interval and two

@@ -66,6 +66,11 @@ impl Stage {
         }
     }
 
+    /// How the server is reached from here, wherever it is.
+    pub(crate) fn own_url(&self) -> String {
+        if self.ports.is_some() { self.url(0) } else { self.server.url() }
+    }
+
     pub(crate) fn set_networks(&self, which: &[usize], state: Network) {
         for network in which.iter().filter_map(|n| self.networks.get(*n)) {
             network.set(state);

@@ -10,9 +10,10 @@ use pushpop_pg::uuid::Uuid;
 use pushpop_pg::{BoxError, ErrorKind, Lease, Queue, SettleError};
 
 use crate::args::Args;
+use crate::bounce;
 use crate::chance::{Chance, hash};
 use crate::journal::{Journal, outcome};
-use crate::plan::{EFFECTS, KEEP, ORDER, Plan, SCHEMA, WORK};
+use crate::plan::{BOUNCE, BOUNCE_LEASE, EFFECTS, KEEP, ORDER, Plan, SCHEMA, WORK};
 use crate::pulse::{self, PULSE};
 
 /// How long a settle is repeated: longer than a server takes to come back.
@@ -22,11 +23,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(crate) fn open(plan: &Plan, args: &Args, name: &str) -> Result<Queue, BoxError> {
     let url = args.text("url")?;
     let [operation, connect] = plan.timeouts;
+    let lease = if args.text("name")?.starts_with(BOUNCE) { BOUNCE_LEASE } else { plan.lease };
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let opened = Queue::builder()
             .application_name(name)
-            .lease(plan.lease)
+            .lease(lease)
             .keep_settled(KEEP)
             .poll_interval(plan.poll)
             .operation_timeout(operation)
@@ -43,15 +45,17 @@ pub(crate) fn open(plan: &Plan, args: &Args, name: &str) -> Result<Queue, BoxErr
     }
 }
 
-struct Worker<'a> {
+pub(crate) struct Worker<'a> {
     plan: &'a Plan,
     args: &'a Args,
-    journal: &'a Journal,
-    queue: &'a Queue,
+    pub(crate) journal: &'a Journal,
+    pub(crate) queue: &'a Queue,
     name: &'a str,
+    /// The faults have ended; there is no more to do.
+    pub(crate) calm: &'a AtomicBool,
     stop: &'a AtomicBool,
     /// What becomes of a message depends on the seed, and on nothing else that differs between runs.
-    seed: u64,
+    pub(crate) seed: u64,
 }
 
 /// What is done with a delivery.
@@ -78,6 +82,7 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
         journal: &journal,
         queue: &queue,
         name,
+        calm: &calm,
         stop: &stop,
         seed: plan.seed ^ hash(name.as_bytes()),
     };
@@ -85,6 +90,8 @@ pub(crate) fn run(plan: &Plan, args: &Args) -> Result<(), BoxError> {
         let worker = &worker;
         if name == ORDER {
             scope.spawn(|| worker.in_order());
+        } else if name.starts_with(BOUNCE) {
+            bounce::spawn(scope, worker);
         } else {
             scope.spawn(|| worker.one_by_one());
             scope.spawn(|| worker.one_by_one());
@@ -142,7 +149,7 @@ impl Worker<'_> {
         }
     }
 
-    fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
@@ -200,7 +207,7 @@ impl Worker<'_> {
     }
 
     /// Writes down what was handed out.
-    fn popped(&self, popped: Result<Vec<Lease>, pushpop_pg::Error>) -> Vec<Lease> {
+    pub(crate) fn popped(&self, popped: Result<Vec<Lease>, pushpop_pg::Error>) -> Vec<Lease> {
         match popped {
             Ok(leases) => {
                 self.granted(&leases);
@@ -262,7 +269,7 @@ impl Worker<'_> {
         }
     }
 
-    fn complete(&self, lease: Lease) {
+    pub(crate) fn complete(&self, lease: Lease) {
         if self.args.is_broken("settle-before-work") {
             // It works with what it remembers; the lease is used up.
             let delivery = delivery(&lease);
@@ -301,7 +308,12 @@ impl Worker<'_> {
         self.until_settled(lease, "complete", Lease::complete);
     }
 
-    fn until_settled(&self, lease: Lease, verb: &str, settle: impl Fn(Lease) -> Result<(), SettleError>) {
+    pub(crate) fn until_settled(
+        &self,
+        lease: Lease,
+        verb: &str,
+        settle: impl Fn(Lease) -> Result<(), SettleError>,
+    ) {
         self.is_settled(lease, verb, settle);
     }
 
@@ -417,6 +429,6 @@ impl Worker<'_> {
     }
 }
 
-fn delivery(lease: &Lease) -> String {
+pub(crate) fn delivery(lease: &Lease) -> String {
     format!("{}:{}", lease.id(), lease.fence())
 }
