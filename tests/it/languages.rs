@@ -333,3 +333,57 @@ fn the_programs_of_the_readme_run_as_they_are_shown() {
         }
     }
 }
+
+/// The table of the functions in the README, against the functions: names, arguments, and defaults that are numbers.
+#[test]
+fn the_table_of_functions_is_that_of_the_schema() {
+    let world = World::new();
+    drop(world.queue());
+    let rows = world
+        .client()
+        .query(
+            "select proname::text, pg_get_function_arguments(oid) from pg_proc
+             where pronamespace = $1::text::regnamespace and (prosecdef or proname like 'as\\_%')",
+            &[&world.schema],
+        )
+        .unwrap();
+    let readme = fs::read_to_string(root().join("README.md")).unwrap();
+    let (_, table) = readme.split_once("| function | arguments").unwrap();
+    let cells = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    let cells: Vec<Vec<&str>> = cells.map(|line| line.split('|').map(str::trim).collect()).collect();
+    let quoted =
+        |cell: &str| -> Vec<String> { cell.split('`').skip(1).step_by(2).map(str::to_owned).collect() };
+    let mut wrong = Vec::new();
+    let mut known = BTreeSet::new();
+    for row in &rows {
+        let (name, arguments): (String, String) = (row.get(0), row.get(1));
+        known.insert(name.clone());
+        // What this crate asks before it calls any of them.
+        let Some(cell) = cells.iter().find(|cells| quoted(cells[1]).contains(&name)).map(|cells| cells[2])
+        else {
+            if name != "schema_version" {
+                wrong.push(format!("{name} is not in the table"));
+            }
+            continue;
+        };
+        for argument in
+            arguments.split(", ").filter(|argument| !argument.is_empty() && !argument.starts_with("OUT "))
+        {
+            let argument = argument.trim_start_matches("INOUT ");
+            let (of, default) = argument.split_once(" DEFAULT ").unwrap_or((argument, ""));
+            let argument = of.split(' ').next().unwrap();
+            let Some((_, said)) = cell.rsplit_once(&format!("`{argument}`")) else {
+                wrong.push(format!("{name}: {argument} is not in the table"));
+                continue;
+            };
+            let said = said.split(',').next().unwrap();
+            if default.parse::<f64>().is_ok() && !said.contains(&format!(" = {default}")) {
+                wrong.push(format!("{name}: {argument} is {default}, not {said}"));
+            }
+        }
+    }
+    for name in cells.iter().flat_map(|cells| quoted(cells[1])).filter(|name| !known.contains(name)) {
+        wrong.push(format!("there is no {name}"));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
