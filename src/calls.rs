@@ -23,6 +23,8 @@ pub(crate) struct Calls {
     pub(crate) push_topics: Call,
     pub(crate) pop: Call,
     pub(crate) pop_topics: Call,
+    /// From whichever of the topics has something.
+    pub(crate) pop_any: Call,
     pub(crate) wait_for: Call,
     pub(crate) settle_many: Call,
     pub(crate) settle_topics: Call,
@@ -136,16 +138,19 @@ impl Calls {
             pop_topics: call(
                 "pop_topics",
                 &format!(
-                    "select {popped}, g.part \
-                     from rows from (pg_catalog.unnest($1), pg_catalog.unnest($2), pg_catalog.unnest($3)) \
-                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $4) where g.max operator(pg_catalog.>) 0"
+                    "select {popped}, part from pushpop.pop_any($1, maxes => $2, leases => $3, fallback => $4)"
                 ),
                 &[Type::TEXT_ARRAY, Type::INT4_ARRAY, Type::FLOAT8_ARRAY, Type::FLOAT8],
             ),
+            pop_any: call(
+                "pop_any",
+                &format!("select {popped}, part from pushpop.pop_any($1, $2, $3, $4)"),
+                &[Type::TEXT_ARRAY, Type::INT4, Type::FLOAT8, Type::FLOAT8],
+            ),
             wait_for: call(
                 "wait_for",
-                "select ready, due_in, noted from pushpop.wait_for($1, $2, $3)",
-                &[Type::TEXT, Type::UUID, Type::FLOAT8],
+                "select place, ready, due_in, noted from pushpop.wait_for_any($1, $2, $3)",
+                &[Type::TEXT_ARRAY, Type::UUID, Type::FLOAT8],
             ),
             settle_many: call(
                 "settle_many",
@@ -193,10 +198,8 @@ impl Calls {
                      pushpop.settle_many(g.topic, $4[g.first : g.last], $5[g.first : g.last], $6[g.first : g.last], \
                      $7[g.first : g.last], $8[g.first : g.last], $9, true) s \
                      union all \
-                     select {popped}, g.part, null, null \
-                     from rows from (pg_catalog.unnest($1), pg_catalog.unnest($10), pg_catalog.unnest($11)) \
-                     with ordinality g(topic, max, lease, part), pushpop.pop(g.topic, g.max, g.lease, $12) \
-                     where g.max operator(pg_catalog.>) 0"
+                     select {popped}, part, null, null \
+                     from pushpop.pop_any($1, maxes => $10, leases => $11, fallback => $12)"
                 ),
                 &[
                     Type::TEXT_ARRAY,

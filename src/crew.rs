@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::engine::{Engine, STRAYS};
 use crate::error::{Error, ErrorKind, Result};
-use crate::lane::{ALONE, Airborne, Cargo, Load, Part, PopJob, State};
+use crate::lane::{ALONE, Airborne, Cargo, Load, Part, PopJob, Pops, State};
 use crate::link::Links;
 use crate::observer::Event;
 use crate::slot::{FlightId, Guard, lock};
@@ -40,10 +40,12 @@ impl Engine {
                     self.landed(id, &[], &[])
                 }
                 Load::Shared(parts) => {
-                    let mut events = Vec::new();
-                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &parts, &mut events)));
+                    let mut noted = Vec::new();
+                    let carried = catch_unwind(AssertUnwindSafe(|| self.carry(id, &parts, &mut noted)));
                     let outcomes =
                         carried.unwrap_or_else(|_| Outcome::all_failed(&parts, &Error::panicked()));
+                    // Gone before the outcomes, to which some events refer.
+                    let mut events = noted;
                     answered = Some(parts.iter().map(|part| part.cargo.callers()).sum());
                     self.answer(id, &parts, &outcomes, started, &mut events);
                     let own = self.landed(id, &parts, &outcomes);
@@ -172,7 +174,7 @@ impl Engine {
         &self,
         id: FlightId,
         parts: &'p [Part],
-        outcomes: &[Outcome],
+        outcomes: &'p [Outcome],
         started: Instant,
         events: &mut Vec<Event<'p>>,
     ) {
@@ -196,14 +198,26 @@ impl Engine {
                     .filter(|job| !job.waits || !error.is_retryable())
                     .for_each(|job| drop(job.slot.land(id, Err(error.clone()))));
             }
-            events.push(Event::Flight(crate::observer::Flight {
-                topic,
-                kind: cargo.kind().word(),
-                callers: cargo.callers(),
-                rows: outcome.rows,
-                duration,
-                succeeded: outcome.error.is_none(),
-            }));
+            let topics: Vec<(&'p str, usize)> = match cargo {
+                // Those that had something; or, as there is no other, the first.
+                Cargo::Pop(Pops { any: Some(any), .. }) if outcome.of.is_empty() => {
+                    any.group.topics.iter().take(1).map(|topic| (&**topic, 0)).collect()
+                }
+                Cargo::Pop(Pops { any: Some(_), .. }) => {
+                    outcome.of.iter().map(|(topic, rows)| (&**topic, *rows)).collect()
+                }
+                _ => vec![(topic, outcome.rows)],
+            };
+            for (topic, rows) in topics {
+                events.push(Event::Flight(crate::observer::Flight {
+                    topic,
+                    kind: cargo.kind().word(),
+                    callers: cargo.callers(),
+                    rows,
+                    duration,
+                    succeeded: outcome.error.is_none(),
+                }));
+            }
         }
     }
 
@@ -224,8 +238,10 @@ impl Engine {
                 let pops = cargo.pops().cloned().collect();
                 self.release_lane(&mut state, topic, id, pops, outcome);
             }
-            if outcome.rows > 0 {
-                let at = state.note_use(topic, outcome.rows, self.settings.keep_settled);
+            let popped = outcome.of.iter().map(|(topic, rows)| (topic, *rows));
+            let used = (outcome.rows > 0).then_some((topic, outcome.rows));
+            for (topic, rows) in used.into_iter().chain(popped) {
+                let at = state.note_use(topic, rows, self.settings.keep_settled);
                 self.wake_keeper(&mut state, at);
             }
             if let Some(ready) = outcome.pushed {
@@ -260,18 +276,19 @@ impl Engine {
         lane.flying.take_if(|flight| *flight == id);
         let popped = !jobs.is_empty();
         let mut short = false;
-        let mut elsewhere = Vec::new();
         for job in jobs.into_iter().rev() {
-            if job.waits && job.slot.leave(id, outcome.error.clone()) {
+            if (job.waits || outcome.again) && job.slot.leave(id, outcome.error.clone()) {
                 short = true;
                 if closed {
                     job.slot.refuse(Error::closed());
                 } else {
-                    elsewhere.extend(job.elsewhere.iter().cloned());
                     lane.pops.push_front(job);
                 }
             }
         }
+        lane.signal |= short && outcome.again;
+        lane.calm = outcome.calm && outcome.error.is_none();
+        lane.first = outcome.first.unwrap_or(lane.first);
         lane.signal |= short && std::mem::take(&mut lane.unheard);
         lane.signal |= popped && !short && outcome.error.is_none();
         let mut look_at = None;
@@ -290,20 +307,12 @@ impl Engine {
                 let look_in = outcome.look_in.unwrap_or(Duration::MAX);
                 look_in.max(Duration::from_millis(2)).min(self.settings.poll_interval)
             };
-            let at = now + wait;
+            let at = if wait == self.settings.poll_interval { self.tick_after(now) } else { now + wait };
             lane.look_at = Some(lane.look_at.map_or(at, |earlier| earlier.min(at)));
             look_at = lane.look_at;
         }
         state.list(topic);
         state.tidy(topic);
-        for topic in elsewhere {
-            let Some(lane) = state.lanes.get_mut(&topic) else { continue };
-            if std::mem::take(&mut lane.missed) {
-                lane.signal = true;
-                lane.poll = false;
-                state.list(&topic);
-            }
-        }
         if let Some(at) = look_at {
             self.wake_keeper(state, at);
             self.start_listener(state);
@@ -311,6 +320,15 @@ impl Engine {
         if state.has_work() {
             self.work.notify_one();
         }
+    }
+
+    /// The last of the moments, a poll interval apart, that comes within a poll interval: all lanes have the same ones, so
+    /// that they look together.
+    fn tick_after(&self, now: Instant) -> Instant {
+        let interval = self.settings.poll_interval;
+        let since = (now + interval).saturating_duration_since(self.began).as_nanos();
+        let beyond = since % interval.as_nanos().max(1);
+        now + interval.saturating_sub(Duration::from_nanos(u64::try_from(beyond).unwrap_or_default()))
     }
 
     fn note_outage(&self, state: &mut State, error: Option<&Error>) {
@@ -341,6 +359,14 @@ pub(crate) struct Outcome {
     pub(crate) look_in: Option<Duration>,
     /// Pops: the server knows that somebody waits.
     pub(crate) registered: bool,
+    /// Pops: there may be more for those that got nothing, also for those that do not wait.
+    pub(crate) again: bool,
+    /// Pops of several topics: how many messages of each.
+    pub(crate) of: Vec<(Arc<str>, usize)>,
+    /// Pops of several topics: which is asked first the next time.
+    pub(crate) first: Option<usize>,
+    /// Pops of several topics: nothing is ready, and what comes is told us.
+    pub(crate) calm: bool,
 }
 
 impl Outcome {

@@ -17,9 +17,9 @@ use uuid::Uuid;
 use crate::calls::{Calls, Grant, Settle, Verb};
 use crate::error::{Error, ErrorKind, Result};
 use crate::home::Home;
-use crate::lane::{Airborne, Lane, PopJob, PushJob, SettleJob, State, TELLING, Task, TurnJob};
+use crate::lane::{Airborne, Group, Lane, PopJob, PushJob, SettleJob, State, TELLING, Task, TurnJob};
 use crate::link::{Links, Route};
-use crate::observer::{Abandoned, Event, Observer};
+use crate::observer::{Event, Observer};
 use crate::outside::{Teller, outside};
 use crate::slot::{FlightId, Guard, Slot, Waited, lock};
 
@@ -51,6 +51,7 @@ pub(crate) struct Engine {
     pub(crate) calls: Calls,
     pub(crate) client: Uuid,
     pub(crate) home: Home,
+    pub(crate) began: Instant,
     observer: Arc<dyn Observer>,
     /// Logs what is noted under a lock.
     pub(crate) teller: Arc<Teller>,
@@ -91,6 +92,7 @@ impl Engine {
             calls,
             client: Uuid::now_v7(),
             home: Home::here(),
+            began: Instant::now(),
             observer,
             teller: Arc::default(),
             pool,
@@ -111,8 +113,20 @@ impl Engine {
 
     /// Tells the observer what happened on a flight.
     pub(crate) fn tell(&self, event: &Event<'_>) {
-        if let Event::Abandoned(Abandoned { topic, count }) = *event {
-            outside(|| tracing::debug!(topic, count, "releasing messages that nobody waits for any more"));
+        if let Event::Abandoned { topic, count, closed } = event {
+            if *closed {
+                outside(|| {
+                    tracing::debug!(
+                        topic,
+                        count,
+                        "releasing messages that were on their way when the queue was closed"
+                    )
+                });
+            } else {
+                outside(|| {
+                    tracing::warn!(topic, count, "releasing messages that came too late for their callers")
+                });
+            }
         }
         self.observe(|observer| event.tell(observer));
     }
@@ -152,19 +166,18 @@ impl Engine {
         Ok(())
     }
 
-    /// Where to begin with so many, so that each has its turn.
-    pub(crate) fn next_of(&self, count: usize) -> Result<usize> {
-        Ok(usize::try_from(self.enter()?.flights).unwrap_or_default() % count.max(1))
-    }
-
     /// Pops from whichever of the topics has something first.
-    pub(crate) fn pop_any(self: &Arc<Self>, topics: &[Arc<str>], job: &PopJob) -> Result<()> {
+    pub(crate) fn pop_any(self: &Arc<Self>, group: &Arc<Group>, job: PopJob) -> Result<()> {
         let mut state = self.open()?;
-        self.man_for_pop(&mut state, job)?;
-        for topic in topics {
-            let elsewhere = topics.iter().filter(|other| *other != topic).cloned().collect();
-            self.enqueue_pop(&mut state, topic, PopJob { elsewhere, ..job.clone() });
-        }
+        self.man_for_pop(&mut state, &job)?;
+        state.form(group);
+        self.enqueue(&mut state, &group.key, |lane| {
+            if !(job.patient && lane.calm) {
+                lane.signal = true;
+                lane.poll = false;
+            }
+            lane.pops.push_back(job);
+        });
         Ok(())
     }
 
@@ -265,16 +278,30 @@ impl Engine {
         }
     }
 
-    /// Looks for those that wait for a message of the topic, at once or later.
+    /// Looks for those that wait for a message of the topic, at once or later: in its own lane, and in those of groups.
     pub(crate) fn wake(self: &Arc<Self>, state: &mut State, topic: &str, ready_in: Duration) {
-        let Some(lane) = state.lanes.get_mut(topic) else { return };
+        let groups = state.members.get(topic).cloned().unwrap_or_default();
+        self.wake_lane(state, topic, None, ready_in);
+        for (key, place) in groups {
+            self.wake_lane(state, &key, Some(place), ready_in);
+        }
+    }
+
+    fn wake_lane(self: &Arc<Self>, state: &mut State, key: &str, hot: Option<usize>, ready_in: Duration) {
+        let Some(lane) = state.lanes.get_mut(key) else { return };
         if lane.pops.is_empty() && lane.flights == 0 {
+            // Whoever comes next has to ask.
+            lane.calm = false;
             return;
         }
         if ready_in.is_zero() {
-            lane.signal = true;
+            match hot {
+                Some(place) if !lane.hot.contains(&place) => lane.hot.push(place),
+                Some(_) => {}
+                None => lane.signal = true,
+            }
             lane.poll = false;
-            state.list(topic);
+            state.list(key);
             if state.has_work() {
                 self.start(state);
             }
@@ -294,9 +321,9 @@ impl Engine {
     /// Notifications may have been lost: look for everybody who waits.
     pub(crate) fn look_everywhere(self: &Arc<Self>) {
         let mut state = lock(&self.state);
-        let topics: Vec<Arc<str>> = state.lanes.keys().cloned().collect();
-        for topic in topics {
-            self.wake(&mut state, &topic, Duration::ZERO);
+        let lanes: Vec<Arc<str>> = state.lanes.keys().cloned().collect();
+        for key in lanes {
+            self.wake_lane(&mut state, &key, None, Duration::ZERO);
         }
     }
 
@@ -370,23 +397,31 @@ impl Engine {
         self.tick.notify_all();
     }
 
-    /// Gives messages back that nobody waits for any more; what is to be told of it, if there are any.
-    pub(crate) fn abandon<'t>(self: &Arc<Self>, topic: &'t str, grants: Vec<Grant>) -> Option<Event<'t>> {
-        if grants.is_empty() {
-            return None;
+    /// Gives messages back that nobody waits for any more; what is to be told of them.
+    pub(crate) fn abandon(self: &Arc<Self>, mut grants: Vec<Grant>) -> Vec<Event<'static>> {
+        let mut events = Vec::new();
+        while let Some(first) = grants.first() {
+            let topic = first.message.topic.clone();
+            let (same, rest) = grants.into_iter().partition(|grant| grant.message.topic == topic);
+            events.push(self.abandon_of(topic, same));
+            grants = rest;
         }
-        let count = grants.len();
+        events
+    }
+
+    fn abandon_of(self: &Arc<Self>, topic: String, grants: Vec<Grant>) -> Event<'static> {
+        let (count, closed) = (grants.len(), self.is_closed());
         let settles = grants
             .into_iter()
             .map(|grant| Settle { id: grant.message.id, token: grant.token, verb: Verb::Release })
             .collect();
         let job = SettleJob { settles, unwanted: true, slot: Arc::new(Slot::new()) };
         lock(&self.state).unwanted += 1;
-        if let Err(e) = self.settle(topic, job) {
+        if let Err(e) = self.settle(&topic, job) {
             lock(&self.state).unwanted -= 1;
             outside(|| tracing::warn!(topic, "cannot release messages, their leases will expire: {e}"));
         }
-        Some(Event::Abandoned(Abandoned { topic, count }))
+        Event::Abandoned { topic, count, closed }
     }
 
     /// A connection for the caller's own thread, for a transaction of its own.

@@ -171,11 +171,15 @@ impl Error {
         )
     }
 
+    /// Whether it says that this topic cannot be stored.
+    pub(crate) fn is_about(&self, topic: &str) -> bool {
+        self.unstorable().is_some_and(|c| topic.contains(c))
+    }
+
     /// The topic that cannot be stored, if that is what the error says.
     pub(crate) fn impossible_topic(&self) -> Option<&str> {
         let topic = self.0.topic.as_deref()?;
-        (self.0.kind == ErrorKind::Invalid && self.unstorable().is_some_and(|c| topic.contains(c)))
-            .then_some(topic)
+        (self.0.kind == ErrorKind::Invalid && self.is_about(topic)).then_some(topic)
     }
 
     /// Says what it comes down to, before the server's own words.

@@ -13,9 +13,10 @@ use crate::crew::Outcome;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::lane::{Cargo, Job, Kind, Lane, Part, PopJob, Pops, PushJob, SettleJob, TurnJob, Turns, asked};
+use crate::limits;
 use crate::link::{Call, Link};
 use crate::message::{Attempts, Due, NewMessage};
-use crate::observer::{Event, LeaseLost, Popped, Pushed, Settled};
+use crate::observer::{Event, LeaseLost, Pushed, Settled};
 use crate::slot::{FlightId, lock};
 
 /// When it is worth looking again for those whose part of a flight was short, or of whom the server does not know yet.
@@ -31,6 +32,40 @@ pub(crate) struct Flight<'a, 'p> {
     pub(crate) deadline: Instant,
     /// To be told once it has landed.
     pub(crate) events: &'a mut Vec<Event<'p>>,
+}
+
+/// How many topics a look asks in one statement.
+const TOGETHER: usize = 5_000;
+
+/// No pops: those of turns look for one topic each.
+static NOBODY: Pops = Pops { jobs: Vec::new(), lease: None, poll: false, any: None };
+
+/// Pops that are aboard, and what comes of them.
+struct Aboard<'a> {
+    topic: &'a str,
+    pops: &'a Pops,
+    outcome: &'a mut Outcome,
+}
+
+impl Aboard<'_> {
+    fn fail(&mut self, error: &Error) {
+        let topic = match &self.pops.any {
+            None => Some(self.topic),
+            Some(any) => any.group.topics.iter().map(|topic| &**topic).find(|topic| error.is_about(topic)),
+        };
+        let error = match topic {
+            Some(topic) => error.clone().blame(topic, std::iter::empty()),
+            None => error.clone(),
+        };
+        *self.outcome = Outcome::failed(error.during("pop", topic));
+    }
+}
+
+impl Pops {
+    /// In seconds.
+    fn lease(&self) -> Option<f64> {
+        self.lease.map(|lease| lease.as_secs_f64())
+    }
 }
 
 /// Requests for one topic.
@@ -194,103 +229,191 @@ impl<'p> Flight<'_, 'p> {
 
     // Pop.
 
-    fn pop(&mut self, parts: &[(&'p str, &Pops)], outcomes: &mut [Outcome]) {
-        if let [(topic, Pops { poll: true, .. })] = parts {
-            match self.look(topic, &mut outcomes[0]) {
-                Ok(true) => {}
-                Ok(false) => return,
-                Err(e) => {
-                    return outcomes[0] =
-                        Outcome::failed(e.blame(topic, std::iter::empty()).during("pop", Some(topic)));
+    fn pop(&mut self, parts: &[(&str, &Pops)], outcomes: &mut [Outcome]) {
+        let aboard =
+            parts.iter().zip(outcomes).map(|((topic, pops), outcome)| Aboard { topic, pops, outcome });
+        self.pop_all(aboard.collect());
+    }
+
+    fn pop_all(&mut self, mut aboard: Vec<Aboard<'_>>) {
+        if aboard.first().is_some_and(|part| part.pops.poll) {
+            match self.look(&mut aboard) {
+                Ok(ready) => {
+                    let mut ready = ready.into_iter();
+                    aboard.retain(|_| ready.next() == Some(true));
                 }
+                // The reason may lie in one of them: no error reaches a neighbour.
+                Err(e) if aboard.len() > 1 && !e.is_of_all() => {
+                    return aboard.into_iter().for_each(|part| self.pop_all(vec![part]));
+                }
+                Err(e) => return aboard.into_iter().for_each(|mut part| part.fail(&e)),
             }
         }
-        match self.pop_together(parts) {
+        let (groups, mut topics): (Vec<_>, Vec<_>) =
+            aboard.into_iter().partition(|part| part.pops.any.is_some());
+        for part in groups {
+            self.pop_any(part);
+        }
+        self.pop_each(&mut topics);
+    }
+
+    /// Pops from one topic each.
+    fn pop_each(&mut self, aboard: &mut [Aboard<'_>]) {
+        if aboard.is_empty() {
+            return;
+        }
+        match self.pop_together(aboard) {
             Ok(grants) => {
-                for (((topic, pops), grants), outcome) in parts.iter().zip(grants).zip(outcomes) {
-                    outcome.rows = grants.len();
-                    if self.hand_out(topic, pops.jobs.iter(), grants) {
-                        self.look_for_the_rest(topic, outcome);
+                let mut short = Vec::new();
+                for (part, grants) in aboard.iter_mut().zip(grants) {
+                    let jobs = part.pops.jobs.iter();
+                    if self.hand_out(jobs, grants, part.outcome) {
+                        short.push(Aboard { topic: part.topic, pops: part.pops, outcome: part.outcome });
                     }
                 }
+                self.look_for_the_rest(short);
             }
-            Err(e) if parts.len() > 1 && !e.is_of_all() => {
-                for (part, outcome) in parts.iter().zip(outcomes.chunks_mut(1)) {
-                    self.pop(std::slice::from_ref(part), outcome);
+            Err(e) if aboard.len() > 1 && !e.is_of_all() => {
+                for part in aboard.chunks_mut(1) {
+                    self.pop_each(part);
                 }
             }
-            Err(e) => {
-                for ((topic, _), outcome) in parts.iter().zip(outcomes) {
-                    *outcome = Outcome::failed(
-                        e.clone().blame(topic, std::iter::empty()).during("pop", Some(topic)),
-                    );
-                }
-            }
+            Err(e) => aboard.iter_mut().for_each(|part| part.fail(&e)),
         }
     }
 
-    /// As many messages as are asked for, in their order, for each part.
-    fn pop_together(&mut self, parts: &[(&str, &Pops)]) -> Result<Vec<Vec<Grant>>> {
-        let asked: Vec<i32> = parts.iter().map(|(_, pops)| asked(pops.jobs.iter())).collect();
-        let leases: Vec<Option<f64>> =
-            parts.iter().map(|(_, pops)| pops.lease.map(|lease| lease.as_secs_f64())).collect();
+    /// As many messages as are asked for, in their order, for each part; `None` for those that were not asked,
+    /// because the others had so many bytes.
+    fn pop_together(&mut self, parts: &[Aboard<'_>]) -> Result<Vec<Option<Vec<Grant>>>> {
+        let asked: Vec<i32> = parts.iter().map(|part| asked(part.pops.jobs.iter())).collect();
+        let leases: Vec<Option<f64>> = parts.iter().map(|part| part.pops.lease()).collect();
         let fallback = self.engine.settings.lease.as_secs_f64();
         let sent = Instant::now();
-        let mut grants: Vec<Vec<Grant>> = parts.iter().map(|_| Vec::new()).collect();
-        if let ([(topic, _)], true) = (parts, asked[0] > 0) {
-            for row in self.run(|calls| &calls.pop, &[topic, &asked[0], &leases[0], &fallback])? {
-                grants[0].push(Grant::read(topic, &row, sent)?);
-            }
-        } else {
-            let topics: Vec<&str> = parts.iter().map(|(topic, _)| *topic).collect();
-            for row in self.run(|calls| &calls.pop_topics, &[&topics, &asked, &leases, &fallback])? {
-                let part = usize::try_from(row.try_get::<_, i64>("part")? - 1).unwrap_or(usize::MAX);
-                if let (Some(topic), Some(grants)) = (topics.get(part), grants.get_mut(part)) {
-                    grants.push(Grant::read(topic, &row, sent)?);
-                }
-            }
+        if let ([part], true) = (parts, asked[0] > 0) {
+            let topic = part.topic;
+            let rows = self.run(|calls| &calls.pop, &[&topic, &asked[0], &leases[0], &fallback])?;
+            let grants = rows.iter().map(|row| Grant::read(topic, row, sent)).collect::<Result<_, _>>()?;
+            return Ok(vec![Some(grants)]);
         }
-        Ok(grants)
+        let topics: Vec<&str> = parts.iter().map(|part| part.topic).collect();
+        let rows = self.run(|calls| &calls.pop_topics, &[&topics, &asked, &leases, &fallback])?;
+        read_parts(&topics, rows, sent)
+    }
+
+    /// Pops from whichever of several topics has something.
+    fn pop_any(&mut self, mut part: Aboard<'_>) {
+        let Some(any) = &part.pops.any else { return };
+        let order = any.order();
+        let topics: Vec<&str> = order.iter().map(|place| &*any.group.topics[*place]).collect();
+        let wanted = asked(part.pops.jobs.iter());
+        if wanted == 0 {
+            return;
+        }
+        let fallback = self.engine.settings.lease.as_secs_f64();
+        let sent = Instant::now();
+        let rows = self.run(|calls| &calls.pop_any, &[&topics, &wanted, &part.pops.lease(), &fallback]);
+        let grants = match rows.and_then(|rows| read_parts(&topics, rows, sent)) {
+            Ok(grants) => grants,
+            Err(e) => return part.fail(&e),
+        };
+        let had = |grants: &Option<Vec<Grant>>| grants.as_ref().is_none_or(|grants| !grants.is_empty());
+        if let Some(last) = grants.iter().rposition(had).filter(|_| any.hot.is_empty()) {
+            part.outcome.first = order.get((last + 1) % order.len()).copied();
+        }
+        let rows = |(place, grants): (&usize, &Option<Vec<Grant>>)| {
+            let rows = grants.as_ref().map_or(0, Vec::len);
+            (rows > 0).then(|| (Arc::clone(&any.group.topics[*place]), rows))
+        };
+        part.outcome.of = order.iter().zip(&grants).filter_map(rows).collect();
+        let cut = grants.iter().any(Option::is_none);
+        let grants = grants.into_iter().flatten().flatten().collect();
+        if self.hand_out(part.pops.jobs.iter(), Some(grants), part.outcome) {
+            part.outcome.again |= cut;
+            part.outcome.calm = any.calm;
+            self.look_for_the_rest(vec![part]);
+        }
     }
 
     /// Hands out what there is, in the order of the requests. Returns whether some of them go on waiting.
     fn hand_out<'j>(
         &mut self,
-        topic: &'p str,
         jobs: impl Iterator<Item = &'j PopJob>,
-        grants: Vec<Grant>,
+        grants: Option<Vec<Grant>>,
+        outcome: &mut Outcome,
     ) -> bool {
+        let Some(grants) = grants else {
+            outcome.again = true;
+            return true;
+        };
+        if outcome.of.is_empty() {
+            outcome.rows = grants.len();
+        }
+        let came = !grants.is_empty();
+        let bytes: usize = grants.iter().map(|grant| grant.message.payload.len()).sum();
         let mut grants = grants.into_iter();
         let mut short = false;
         for job in jobs {
             let share: Vec<Grant> = grants.by_ref().take(job.max).collect();
             if share.is_empty() {
+                // What came may have been all that a flight carries.
                 if job.waits {
                     short = true;
+                    outcome.again |= bytes >= limits::FLIGHT_BYTES / 2;
+                } else if came {
+                    short = true;
+                    outcome.again = true;
                 } else {
                     drop(job.slot.land(self.id, Ok(share)));
                 }
                 continue;
             }
-            let event = Event::Popped(Popped { topic, count: share.len() });
-            self.events.extend(match job.slot.land(self.id, Ok(share)) {
-                Ok(()) => Some(event),
-                Err(unwanted) => self.engine.abandon(topic, unwanted.unwrap_or_default()),
-            });
+            let (topic, count) = (share[0].message.topic.clone(), share.len());
+            match job.slot.land(self.id, Ok(share)) {
+                Ok(()) => self.events.push(Event::Popped { topic, count }),
+                Err(unwanted) => self.events.extend(self.engine.abandon(unwanted.unwrap_or_default())),
+            }
         }
         // One that was called off since may have been counted.
-        self.events.extend(self.engine.abandon(topic, grants.collect()));
+        self.events.extend(self.engine.abandon(grants.collect()));
         short
     }
 
     /// Sees to it that there is another look for those who go on waiting: a little later if there was something, or a
     /// push is next, and others notify us.
-    fn look_for_the_rest(&mut self, topic: &str, outcome: &mut Outcome) {
-        let busy = |lane: &Lane| lane.is_registered() && (outcome.rows > 0 || !lane.pushes.is_empty());
-        if lock(&self.engine.state).lanes.get(topic).is_some_and(busy) {
-            outcome.look_in = Some(SOON);
-        } else if self.look(topic, outcome).unwrap_or(false) {
-            outcome.look_in = Some(Duration::ZERO);
+    fn look_for_the_rest(&mut self, short: Vec<Aboard<'_>>) {
+        let mut unknown = Vec::new();
+        {
+            let state = lock(&self.engine.state);
+            for part in short {
+                let lane = state.lanes.get(part.topic);
+                let registered = lane.is_some_and(Lane::is_registered);
+                let busy = part.outcome.rows > 0 || lane.is_some_and(|lane| !lane.pushes.is_empty());
+                if part.outcome.again {
+                    continue;
+                }
+                // To look at the few topics of which we heard costs little.
+                if registered && busy && !part.outcome.calm {
+                    part.outcome.look_in = Some(SOON);
+                } else {
+                    unknown.push(part);
+                }
+            }
+        }
+        match self.look(&mut unknown) {
+            Ok(ready) => {
+                for (part, ready) in unknown.iter_mut().zip(ready) {
+                    if ready {
+                        part.outcome.look_in = Some(Duration::ZERO);
+                    }
+                }
+            }
+            // The next look, each by its own, tells them what is wrong.
+            Err(_) => {
+                for part in unknown {
+                    part.outcome.registered = false;
+                    part.outcome.look_in = Some(SOON);
+                }
+            }
         }
     }
 
@@ -300,17 +423,18 @@ impl<'p> Flight<'_, 'p> {
         let error = match self.turn_together(parts) {
             Ok((verdicts, grants)) => {
                 let mut verdicts = verdicts.into_iter();
+                let mut short = Vec::new();
                 for (((topic, turns), grants), outcome) in parts.iter().zip(grants).zip(outcomes) {
-                    outcome.rows = grants.len();
                     // Its thread waits for the settle first: so it is woken once for both.
-                    let short = self.hand_out(topic, turns.pops(), grants);
+                    let is_short = self.hand_out(turns.pops(), grants, outcome);
                     for (TurnJob { settle, .. }, verdicts) in turns.jobs.iter().zip(verdicts.by_ref()) {
                         self.answer_settle(topic, settle, Ok(verdicts), outcome);
                     }
-                    if short {
-                        self.look_for_the_rest(topic, outcome);
+                    if is_short {
+                        short.push(Aboard { topic, pops: &NOBODY, outcome });
                     }
                 }
+                self.look_for_the_rest(short);
                 return;
             }
             Err(e) => e,
@@ -336,7 +460,10 @@ impl<'p> Flight<'_, 'p> {
 
     /// Settles first, then pops; for each settle its verdicts, for each group its messages.
     #[allow(clippy::type_complexity, reason = "answers to two requests")]
-    fn turn_together(&mut self, parts: &[(&str, &Turns)]) -> Result<(Vec<Vec<Verdict>>, Vec<Vec<Grant>>)> {
+    fn turn_together(
+        &mut self,
+        parts: &[(&str, &Turns)],
+    ) -> Result<(Vec<Vec<Verdict>>, Vec<Option<Vec<Grant>>>)> {
         let groups: Vec<Group<'_, TurnJob>> =
             parts.iter().map(|(topic, turns)| Group { topic, jobs: &turns.jobs }).collect();
         let settled = || groups.iter().flat_map(|group| group.jobs).map(|job| &job.settle);
@@ -353,33 +480,65 @@ impl<'p> Flight<'_, 'p> {
         let rows = self.run(|calls| &calls.turn, &params)?;
 
         let mut verdicts = vec![Verdict::Settled; settles.len()];
-        let mut grants: Vec<Vec<Grant>> = groups.iter().map(|_| Vec::new()).collect();
+        let mut popped = Vec::new();
         for row in rows {
-            if let Some(place) = row.try_get("place")? {
-                put(&mut verdicts, place, Verdict::read(row.try_get("result")?, row.try_get("lease_until")?));
-                continue;
-            }
-            let part = usize::try_from(row.try_get::<_, i64>("part")? - 1).unwrap_or(usize::MAX);
-            if let (Some(group), Some(grants)) = (groups.get(part), grants.get_mut(part)) {
-                grants.push(Grant::read(group.topic, &row, sent)?);
+            match row.try_get("place")? {
+                Some(place) => {
+                    put(
+                        &mut verdicts,
+                        place,
+                        Verdict::read(row.try_get("result")?, row.try_get("lease_until")?),
+                    );
+                }
+                None => popped.push(row),
             }
         }
-        Ok((split(settled(), verdicts), grants))
+        let topics: Vec<&str> = groups.iter().map(|group| group.topic).collect();
+        Ok((split(settled(), verdicts), read_parts(&topics, popped, sent)?))
     }
 
-    /// Tells the server that somebody waits, and asks it whether there is something, or when.
-    fn look(&mut self, topic: &str, outcome: &mut Outcome) -> Result<bool> {
+    /// Tells the server that somebody waits, and asks it for each part whether there is something, or when.
+    fn look(&mut self, aboard: &mut [Aboard<'_>]) -> Result<Vec<bool>> {
+        // Which part each of the topics is of.
+        let mut of: Vec<usize> = Vec::new();
+        let mut topics: Vec<&str> = Vec::new();
+        for (i, part) in aboard.iter_mut().enumerate() {
+            part.outcome.registered = true;
+            part.outcome.look_in = None;
+            match &part.pops.any {
+                // Where nothing else can have come, of these alone.
+                Some(any) if any.calm => {
+                    topics.extend(any.order().iter().map(|place| &*any.group.topics[*place]))
+                }
+                Some(any) => topics.extend(any.group.topics.iter().map(|topic| &**topic)),
+                None => topics.push(part.topic),
+            }
+            of.resize(topics.len(), i);
+        }
         let waiter = self.engine.client;
         let within = self.engine.settings.poll_interval.as_secs_f64();
-        let rows = self.run(|calls| &calls.wait_for, &[&topic, &waiter, &within])?;
-        let Some(row) = rows.first() else { return Ok(false) };
-        let due_in: Option<f64> = row.try_get(1)?;
-        outcome.look_in = due_in.and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());
-        outcome.registered = row.try_get(2)?;
-        if !outcome.registered {
-            outcome.look_in = outcome.look_in.min(Some(SOON)).or(Some(SOON));
+        let mut ready = vec![false; aboard.len()];
+        for (topics, of) in topics.chunks(TOGETHER).zip(of.chunks(TOGETHER)) {
+            let topics = topics.to_vec();
+            for row in self.run(|calls| &calls.wait_for, &[&topics, &waiter, &within])? {
+                let place = usize::try_from(row.try_get::<_, i32>(0)? - 1).unwrap_or(usize::MAX);
+                let Some(part) = of.get(place).copied() else { continue };
+                let outcome = &mut aboard[part].outcome;
+                let due_in: Option<f64> = row.try_get(2)?;
+                let due_in = due_in.and_then(|s| Duration::try_from_secs_f64(s.max(0.0)).ok());
+                ready[part] |= row.try_get(1)? || due_in.is_some_and(|wait| wait.is_zero());
+                outcome.look_in = outcome.look_in.min(due_in).or(outcome.look_in).or(due_in);
+                outcome.registered &= row.try_get::<_, bool>(3)?;
+            }
         }
-        Ok(row.try_get(0)? || outcome.look_in.is_some_and(|wait| wait.is_zero()))
+        for (part, ready) in aboard.iter_mut().zip(&ready) {
+            let listens = self.engine.settings.listens;
+            part.outcome.calm = part.pops.any.is_some() && part.outcome.registered && !ready && listens;
+            if !part.outcome.registered {
+                part.outcome.look_in = part.outcome.look_in.min(Some(SOON)).or(Some(SOON));
+            }
+        }
+        Ok(ready)
     }
 
     // All of them.
@@ -425,6 +584,21 @@ impl<'p> Flight<'_, 'p> {
     ) -> Result<Vec<postgres::Row>> {
         self.link.run(self.deadline, call(&self.engine.calls), params)
     }
+}
+
+/// Messages by the part of their topic; `None` for the parts that were not asked: a row without an id says which is the
+/// first of them.
+fn read_parts(topics: &[&str], rows: Vec<postgres::Row>, sent: Instant) -> Result<Vec<Option<Vec<Grant>>>> {
+    let mut grants: Vec<Option<Vec<Grant>>> = topics.iter().map(|_| Some(Vec::new())).collect();
+    for row in rows {
+        let part = usize::try_from(row.try_get::<_, i64>("part")? - 1).unwrap_or(usize::MAX);
+        if row.try_get::<_, Option<Uuid>>("id")?.is_none() {
+            grants.iter_mut().skip(part).for_each(|part| *part = None);
+        } else if let (Some(topic), Some(Some(grants))) = (topics.get(part), grants.get_mut(part)) {
+            grants.push(Grant::read(topic, &row, sent)?);
+        }
+    }
+    Ok(grants)
 }
 
 /// To each request its part of the answers.

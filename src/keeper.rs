@@ -66,9 +66,10 @@ impl Engine {
                 match lane.look_at {
                     Some(at) if at <= now => {
                         lane.look_at = None;
+                        lane.calm = false;
                         // Those that are on a flight may have been told before that there is nothing.
                         if !lane.pops.is_empty() || lane.flights > 0 {
-                            lane.poll = !lane.signal;
+                            lane.poll = !lane.is_signalled();
                             lane.signal = true;
                             due.push(Arc::clone(topic));
                         }
@@ -82,6 +83,9 @@ impl Engine {
             }
             if look_around <= now {
                 look_around = now + everywhere;
+                let groups: Vec<Arc<str>> =
+                    state.members.values().flatten().map(|(key, _)| Arc::clone(key)).collect();
+                groups.iter().for_each(|key| state.tidy(key));
                 next = next.min(look_around);
                 state.tasks.push_back(Box::new(Everywhere::new(self)));
             }

@@ -26,9 +26,26 @@ pub(crate) struct PopJob {
     pub(crate) lease: Option<Duration>,
     /// Whether it stays until there is something.
     pub(crate) waits: bool,
-    /// The topics of the other lanes in which it waits: whichever has something first takes it along.
-    pub(crate) elsewhere: Arc<[Arc<str>]>,
+    /// It waits for as long as it takes: where others have just been told that there is nothing, it waits with them.
+    pub(crate) patient: bool,
     pub(crate) slot: Arc<Slot<Vec<Grant>>>,
+}
+
+/// Topics of which a pop takes whichever has something. Pops for the same ones share a lane.
+pub(crate) struct Group {
+    /// The name of its lane: no topic has such a name.
+    pub(crate) key: Arc<str>,
+    pub(crate) topics: Vec<Arc<str>>,
+}
+
+impl Group {
+    /// Each topic once, in their order. One topic is no group: it has its own name as its key.
+    pub(crate) fn new(names: &[impl AsRef<str>]) -> Arc<Self> {
+        let mut known: HashMap<&str, ()> = HashMap::default();
+        let names = names.iter().map(AsRef::as_ref).filter(|name| known.insert(name, ()).is_none());
+        let topics: Vec<Arc<str>> = names.map(Arc::from).collect();
+        Arc::new(Group { key: topics.join("\0").into(), topics })
+    }
 }
 
 pub(crate) struct SettleJob {
@@ -80,8 +97,14 @@ pub(crate) struct Lane {
     pub(crate) signal: bool,
     /// The signal is only that of the clock.
     pub(crate) poll: bool,
-    /// A flight left while one of those that wait was on a flight for another topic.
-    pub(crate) missed: bool,
+    /// For pops from whichever of several topics has something.
+    pub(crate) group: Option<Arc<Group>>,
+    /// Of a group, the topic that is asked first: the one behind the last that had something.
+    pub(crate) first: usize,
+    /// Of a group, the topics for which there may be something, when that is not known of all.
+    pub(crate) hot: Vec<usize>,
+    /// Of a group, the last look at all has found nothing, and what comes since is told us.
+    pub(crate) calm: bool,
     /// A signal found nobody in the lane: those on flights may have looked before it came.
     pub(crate) unheard: bool,
     /// The last flight with pops left one behind that does not wait.
@@ -123,6 +146,29 @@ pub(crate) struct Pops {
     pub(crate) lease: Option<Duration>,
     /// Only the clock says that it is time to look.
     pub(crate) poll: bool,
+    /// The topics to ask, if these are several.
+    pub(crate) any: Option<Any>,
+}
+
+/// Which of a group's topics are asked.
+pub(crate) struct Any {
+    pub(crate) group: Arc<Group>,
+    pub(crate) first: usize,
+    /// Only these; if there are none, all of them.
+    pub(crate) hot: Vec<usize>,
+    /// Whether all others are known to have nothing.
+    pub(crate) calm: bool,
+}
+
+impl Any {
+    /// The topics in the order in which they are asked, by their places in the group.
+    pub(crate) fn order(&self) -> Vec<usize> {
+        if !self.hot.is_empty() {
+            return self.hot.clone();
+        }
+        let all = 0..self.group.topics.len();
+        all.clone().cycle().skip(self.first).take(all.len()).collect()
+    }
 }
 
 /// How many messages some pops want together.
@@ -162,6 +208,10 @@ pub(crate) struct Airborne {
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) lanes: HashMap<Arc<str>, Lane>,
+    /// For each topic the lanes of the groups that it belongs to, and its place in them.
+    pub(crate) members: HashMap<Arc<str>, Vec<(Arc<str>, usize)>>,
+    /// How many lanes of groups there have been.
+    pub(crate) formed: usize,
     pub(crate) tasks: VecDeque<Box<dyn Task>>,
     /// Topics with a flight to start.
     pub(crate) ready: VecDeque<Arc<str>>,
@@ -220,6 +270,24 @@ impl State {
         true
     }
 
+    /// Makes the lane of a group, if it is not there.
+    pub(crate) fn form(&mut self, group: &Arc<Group>) {
+        if group.topics.len() < 2 || self.lanes.contains_key(&group.key) {
+            return;
+        }
+        // Each lane begins with another topic, so that those with short lives starve nobody.
+        self.formed += 1;
+        let lane = Lane {
+            group: Some(Arc::clone(group)),
+            first: self.formed % group.topics.len(),
+            ..Lane::default()
+        };
+        self.lanes.insert(Arc::clone(&group.key), lane);
+        for (place, topic) in group.topics.iter().enumerate() {
+            self.members.entry(Arc::clone(topic)).or_default().push((Arc::clone(&group.key), place));
+        }
+    }
+
     /// The next flight: as many requests as it may carry, for one topic or for several.
     pub(crate) fn take(&mut self, id: FlightId) -> Option<Load> {
         self.gathered = 0;
@@ -229,7 +297,8 @@ impl State {
             }
         }
         let mut parts: Vec<Part> = Vec::new();
-        let mut room = Room { kind: None, rows: limits::FLIGHT_ROWS, bytes: limits::FLIGHT_BYTES };
+        let mut room =
+            Room { kind: None, poll: false, rows: limits::FLIGHT_ROWS, bytes: limits::FLIGHT_BYTES };
         // Each that is listed now is asked once, in turn, whether it comes along.
         let mut left = if self.has_work() { self.ready.len() } else { 0 };
         while left > 0 {
@@ -255,10 +324,22 @@ impl State {
         (!parts.is_empty()).then_some(Load::Shared(parts))
     }
 
-    /// Forgets a lane that nobody needs any more.
+    /// Forgets a lane that nobody needs any more. That of a worker's group stays as long as the worker.
     pub(crate) fn tidy(&mut self, topic: &str) {
-        if self.lanes.get(topic).is_some_and(|lane| lane.is_empty() && lane.flights == 0 && !lane.listed) {
-            self.lanes.remove(topic);
+        let needed =
+            |group: &Option<Arc<Group>>| group.as_ref().is_some_and(|group| Arc::strong_count(group) > 1);
+        let done = |lane: &Lane| lane.is_empty() && lane.flights == 0 && !lane.listed && !needed(&lane.group);
+        if !self.lanes.get(topic).is_some_and(done) {
+            return;
+        }
+        let group = self.lanes.remove(topic).and_then(|lane| lane.group);
+        for topic in group.iter().flat_map(|group| &group.topics) {
+            if let Some(lanes) = self.members.get_mut(topic) {
+                lanes.retain(|(key, _)| Some(key) != group.as_ref().map(|group| &group.key));
+                if lanes.is_empty() {
+                    self.members.remove(topic);
+                }
+            }
         }
     }
 }
@@ -268,7 +349,12 @@ impl Lane {
         !self.pushes.is_empty()
             || !self.settles.is_empty()
             || !self.turns.is_empty()
-            || (self.signal && !self.pops.is_empty())
+            || (self.is_signalled() && !self.pops.is_empty())
+    }
+
+    /// Whether there may be something for those that wait.
+    pub(crate) fn is_signalled(&self) -> bool {
+        self.signal || !self.hot.is_empty()
     }
 
     /// Whether the server knows that somebody waits.
@@ -284,9 +370,10 @@ impl Lane {
     /// things in turn then fall into step, and share all their flights. Of as many, pushes: a pop behind them finds
     /// something. None is passed over three times.
     ///
-    /// Beside parts for other topics only what is of their kind, and is alike in its cost.
+    /// Beside parts for other topics only what is of their kind, and is alike in its cost: those for which only the
+    /// clock says that it is time share with their like, and what asks several topics in turn with nobody.
     fn board(&mut self, id: FlightId, room: &mut Room) -> Option<Cargo> {
-        let pops = if self.signal { self.pops.len() } else { 0 };
+        let pops = if self.is_signalled() { self.pops.len() } else { 0 };
         let turns = if self.turns.is_empty() { 0 } else { self.turns.len() + pops };
         let waiting = [self.pushes.len(), self.settles.len(), turns, pops];
         let order = |kind: Kind| {
@@ -295,9 +382,11 @@ impl Lane {
         };
         let next =
             [Kind::Pop, Kind::Turn, Kind::Settle, Kind::Push].into_iter().max_by_key(|kind| order(*kind))?;
-        if room.kind.is_some_and(|kind| kind != next || kind == Kind::Pop && self.poll) {
+        let differs = || self.poll != room.poll || self.group.is_some() && !self.poll;
+        if room.kind.is_some_and(|kind| kind != next || kind == Kind::Pop && differs()) {
             return None;
         }
+        room.poll = self.poll;
         for (kind, passed) in self.passed.iter_mut().enumerate() {
             *passed = if kind == next as usize || waiting[kind] == 0 { 0 } else { *passed + 1 };
         }
@@ -323,9 +412,9 @@ impl Lane {
         room: &mut Room,
         beside: Option<Option<Duration>>,
     ) -> Option<Pops> {
-        self.pops.retain(|job| job.slot.is_awaited());
-        let (mut here, away) = self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued());
-        self.missed |= !away.is_empty();
+        self.pops.retain(|job| job.slot.is_queued());
+        let mut here = std::mem::take(&mut self.pops);
+        let all = self.signal;
         self.unheard |= here.is_empty();
         if self.hurry && beside.is_none() {
             // Those that wait are in front again after a flight that brought them nothing.
@@ -336,11 +425,23 @@ impl Lane {
         let alike = |job: &PopJob| Some(job.lease) == lease && (job.waits || beside.is_none());
         let jobs = room.board(&mut here, id, alike);
         self.hurry = here.iter().any(|job| !job.waits);
-        self.pops.extend(here.into_iter().chain(away));
+        self.pops = here;
         self.signal &= jobs.is_none() && lease.is_some() || self.hurry;
+        if self.pops.is_empty() && jobs.is_none() {
+            // Whoever comes next has to ask.
+            self.hot.clear();
+            self.calm = false;
+        }
         let (jobs, lease) = jobs.zip(lease)?;
         let poll = std::mem::take(&mut self.poll);
-        Some(Pops { jobs, lease, poll })
+        let hot = std::mem::take(&mut self.hot);
+        let any = self.group.as_ref().map(|group| Any {
+            group: Arc::clone(group),
+            first: self.first,
+            calm: self.calm && !all,
+            hot: if all { Vec::new() } else { hot },
+        });
+        Some(Pops { jobs, lease, poll, any })
     }
 }
 
@@ -348,6 +449,8 @@ impl Lane {
 struct Room {
     /// Of which kind, once there is something aboard.
     kind: Option<Kind>,
+    /// Whether only the clock says that it is time for its pops.
+    poll: bool,
     rows: usize,
     bytes: usize,
 }
@@ -514,7 +617,7 @@ impl Cargo {
 
     /// Whether parts for other topics may fly along.
     fn shares(&self) -> bool {
-        !self.is_large() && !matches!(self, Cargo::Pop(Pops { poll: true, .. }))
+        !self.is_large() && !matches!(self, Cargo::Pop(Pops { poll: false, any: Some(_), .. }))
     }
 
     pub(crate) fn kind(&self) -> Kind {

@@ -77,10 +77,18 @@ impl Observer for Silent {}
 /// What happened on a flight.
 pub(crate) enum Event<'a> {
     Pushed(Pushed<'a>),
-    Popped(Popped<'a>),
+    /// The topic is that of the messages: a flight may be for whichever of many has some.
+    Popped {
+        topic: String,
+        count: usize,
+    },
     Settled(Settled<'a>),
     LeaseLost(LeaseLost<'a>),
-    Abandoned(Abandoned<'a>),
+    Abandoned {
+        topic: String,
+        count: usize,
+        closed: bool,
+    },
     Flight(Flight<'a>),
     Reconnected,
 }
@@ -89,10 +97,10 @@ impl Event<'_> {
     pub(crate) fn tell(&self, observer: &dyn Observer) {
         match self {
             Event::Pushed(event) => observer.pushed(event),
-            Event::Popped(event) => observer.popped(event),
+            Event::Popped { topic, count } => observer.popped(&Popped { topic, count: *count }),
             Event::Settled(event) => observer.settled(event),
             Event::LeaseLost(event) => observer.lease_lost(event),
-            Event::Abandoned(event) => observer.abandoned(event),
+            Event::Abandoned { topic, count, .. } => observer.abandoned(&Abandoned { topic, count: *count }),
             Event::Flight(event) => observer.flight(event),
             Event::Reconnected => observer.reconnected(),
         }

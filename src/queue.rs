@@ -11,7 +11,7 @@ use crate::builder::Builder;
 use crate::calls::{Grant, Settle, Verb, Verdict};
 use crate::engine::Engine;
 use crate::error::{Error, Result, SettleError};
-use crate::lane::{PopJob, PushJob, SettleJob};
+use crate::lane::{Group, PopJob, PushJob, SettleJob};
 use crate::lease::Lease;
 use crate::limits;
 use crate::link::Call;
@@ -309,8 +309,8 @@ impl Queue {
     /// Pops the oldest message that is ready, and waits for one if there is none, for as long as it
     /// takes. Rides through restarts and failovers of the server.
     ///
-    /// A waiting thread holds no connection and sends no queries; a topic that is waited for costs one query a
-    /// poll interval, however many threads wait.
+    /// A waiting thread holds no connection and sends no queries; all those that wait cost one query a poll interval,
+    /// whatever their topics.
     ///
     /// # Errors
     ///
@@ -374,8 +374,8 @@ impl Queue {
     /// Pops the oldest message of whichever topic has one, and waits for one until `timeout` has passed; `None` when
     /// there was none. No order is promised between the topics, and none of them starves. 1 to 1,000 topics.
     ///
-    /// It costs a statement for each topic that is asked in vain before one has a message; while it waits, one
-    /// query a poll interval for each topic, as for [`pop`](Self::pop). A zero `timeout` asks each once.
+    /// It costs one statement for all topics, and while it waits, one query a poll interval. A zero `timeout` asks each
+    /// once.
     ///
     /// # Errors
     ///
@@ -402,37 +402,42 @@ impl Queue {
         if timeout.is_zero() {
             return self.try_pop_any(topics);
         }
+        limits::topics(topics)?;
         let deadline = Instant::now().checked_add(timeout);
         let span = span::pop_any(topics);
-        let leases = span.in_scope(|| self.await_grants(&*self.ask_any(topics)?, deadline))?;
+        let leases = span.in_scope(|| {
+            let slot = self.ask_any(&Group::new(topics), true, false)?;
+            self.await_grants(&slot, deadline)
+        })?;
         span::popped(&span, &leases);
         Ok(leases.into_iter().next())
     }
 
-    pub(crate) fn try_pop_any(&self, topics: &[impl AsRef<str>]) -> Result<Option<Lease>> {
+    fn try_pop_any(&self, topics: &[&str]) -> Result<Option<Lease>> {
         limits::topics(topics)?;
-        let first = self.engine().next_of(topics.len())?;
-        for topic in topics.iter().cycle().skip(first).take(topics.len()) {
-            if let Some(lease) = self.try_pop(topic.as_ref())? {
-                return Ok(Some(lease));
-            }
-        }
-        Ok(None)
+        self.try_pop_group(&Group::new(topics))
     }
 
-    pub(crate) fn ask_any(&self, topics: &[impl AsRef<str>]) -> Result<Arc<Slot<Vec<Grant>>>> {
-        limits::topics(topics)?;
+    pub(crate) fn try_pop_group(&self, group: &Arc<Group>) -> Result<Option<Lease>> {
+        let span = span::pop_any(&group.topics);
+        let leases = span.in_scope(|| {
+            let slot = self.ask_any(group, false, false)?;
+            self.engine().wait(&slot, Some(self.handle.deadline())).map(|grants| self.leases(grants))
+        })?;
+        span::popped(&span, &leases);
+        Ok(leases.into_iter().next())
+    }
+
+    /// Asks for a message of whichever topic has one.
+    pub(crate) fn ask_any(
+        &self,
+        group: &Arc<Group>,
+        waits: bool,
+        patient: bool,
+    ) -> Result<Arc<Slot<Vec<Grant>>>> {
         self.lease.map_or(Ok(()), limits::lease)?;
-        let mut names: Vec<Arc<str>> = Vec::new();
-        for topic in topics {
-            if !names.iter().any(|name| **name == *topic.as_ref()) {
-                names.push(topic.as_ref().into());
-            }
-        }
-        let first = self.engine().next_of(names.len())?;
-        names.rotate_left(first);
         let slot = Arc::new(Slot::new());
-        self.engine().pop_any(&names, &self.pop_job(1, true, &slot))?;
+        self.engine().pop_any(group, PopJob { patient, ..self.pop_job(1, waits, &slot) })?;
         Ok(slot)
     }
 
@@ -446,7 +451,7 @@ impl Queue {
     }
 
     pub(crate) fn pop_job(&self, max: usize, waits: bool, slot: &Arc<Slot<Vec<Grant>>>) -> PopJob {
-        PopJob { max, lease: self.lease, waits, elsewhere: Arc::default(), slot: Arc::clone(slot) }
+        PopJob { max, lease: self.lease, waits, patient: false, slot: Arc::clone(slot) }
     }
 
     pub(crate) fn leases(&self, grants: Vec<Grant>) -> Vec<Lease> {

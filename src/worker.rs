@@ -12,7 +12,7 @@ use crate::calls::{Grant, Settle, Verb, Verdict};
 use crate::crew::backoff;
 use crate::error::{Error, ErrorKind, Result};
 use crate::job::{BoxError, Job, Outcome};
-use crate::lane::{SettleJob, TurnJob};
+use crate::lane::{Group, SettleJob, TurnJob};
 use crate::lease::Lease;
 use crate::limits;
 use crate::observer::Handled;
@@ -81,6 +81,7 @@ type Call<'a> = dyn Fn(&Job) -> Result<Outcome, BoxError> + Send + Sync + 'a;
 
 struct Handler<'a> {
     topics: Vec<String>,
+    group: Arc<Group>,
     threads: usize,
     call: Box<Call<'a>>,
 }
@@ -114,8 +115,8 @@ impl<'a> Worker<'a> {
 
     /// The same for the messages of several topics, whichever has one, in no order between them.
     ///
-    /// That costs more than a handler for each topic: a pop asks one topic after the other, beginning
-    /// with another each time, and settling a message takes a round trip of its own.
+    /// Up to 1,000 topics, each of which has its turn. It costs more than one topic does: settling a message takes a round
+    /// trip of its own. While there is nothing, all of them cost one query a poll interval.
     pub fn handle_any<R: Into<Outcome>>(
         mut self,
         topics: &[&str],
@@ -124,6 +125,7 @@ impl<'a> Worker<'a> {
     ) -> Self {
         self.handlers.push(Handler {
             topics: topics.iter().map(|topic| (*topic).to_owned()).collect(),
+            group: Group::new(topics),
             threads,
             call: Box::new(move |job| handler(job).map(Into::into)),
         });
@@ -256,7 +258,7 @@ impl<'a> Worker<'a> {
     pub fn work_once(&self) -> Result<bool> {
         self.check().map_err(|e| e.during("run", None))?;
         for handler in &self.handlers {
-            if let Some(lease) = self.queue.try_pop_any(&handler.topics)? {
+            if let Some(lease) = self.queue.try_pop_group(&handler.group)? {
                 let watch = self.watch()?;
                 self.work(handler, lease, &watch, false);
                 watch.end();
@@ -284,19 +286,19 @@ impl<'a> Worker<'a> {
 
     /// Handles message after message until the worker stops.
     fn serve(&self, handler: &Handler<'a>, watch: &Arc<Watch>) {
-        let (mut topics, mut asked) = (handler.topics.clone(), None);
-        while let Some(lease) = self.next(&mut topics, asked.take()) {
+        let (mut group, mut asked) = (Arc::clone(&handler.group), None);
+        while let Some(lease) = self.next(&mut group, asked.take()) {
             asked = self.work(handler, lease, watch, true);
         }
     }
 
     /// The next message, from a pop that is under way already or a new one.
-    fn next(&self, topics: &mut Vec<String>, asked: Option<Asked>) -> Option<Lease> {
+    fn next(&self, group: &mut Arc<Group>, asked: Option<Asked>) -> Option<Lease> {
         if asked.is_none() && self.stopping.is_set() {
             return None;
         }
-        let span = span::pop_any(topics).entered();
-        let slot = asked.map_or_else(|| self.queue.ask_any(topics), Ok);
+        let span = span::pop_any(&group.topics).entered();
+        let slot = asked.map_or_else(|| self.queue.ask_any(group, true, true), Ok);
         match slot.and_then(|slot| self.stopping.wait(&slot)) {
             Ok(grants) => {
                 let mut leases = self.queue.leases(grants);
@@ -311,10 +313,10 @@ impl<'a> Worker<'a> {
                 }
                 None
             }
-            Err(e) if leave_out(topics, &e) => {
+            Err(e) if leave_out(group, &e) => {
                 drop(span);
-                if !topics.is_empty() {
-                    return self.next(topics, None);
+                if !group.topics.is_empty() {
+                    return self.next(group, None);
                 }
                 self.stopping.quit(e);
                 None
@@ -333,18 +335,19 @@ impl<'a> Worker<'a> {
     }
 
     fn exhaust(&self, handler: &Handler<'a>, watch: &Arc<Watch>, idle: &Idle) {
-        let (mut topics, mut seen) = (handler.topics.clone(), None);
+        let (mut group, mut seen) = (Arc::clone(&handler.group), None);
         while idle.begin(&mut seen) {
-            while !self.stopping.is_set() && !topics.is_empty() {
-                match self.queue.try_pop_any(&topics) {
+            while !self.stopping.is_set() && !group.topics.is_empty() {
+                match self.queue.try_pop_group(&group) {
                     Ok(Some(lease)) => {
                         self.work(handler, lease, watch, false);
                         idle.worked();
                         seen = None;
                     }
                     Ok(None) => break,
-                    Err(e) if (topics.len() > 1 || self.handlers.len() > 1) && leave_out(&mut topics, &e) => {
-                    }
+                    Err(e)
+                        if (group.topics.len() > 1 || self.handlers.len() > 1)
+                            && leave_out(&mut group, &e) => {}
                     Err(e) => return idle.fail(e),
                 }
             }
@@ -378,13 +381,13 @@ impl<'a> Worker<'a> {
                 let (topic, settle) = (lease.topic(), lease.proof(verb));
                 let outcome = settle.verb.word();
                 let _span = span::settle(std::slice::from_ref(&lease), outcome).entered();
-                let alone = !goes_on || handler.topics.len() > 1 || self.stopping.is_set();
+                let alone = !goes_on || handler.group.topics.len() > 1 || self.stopping.is_set();
                 let (settled, mut asked) = if alone { (None, None) } else { self.turn(topic, &settle) };
                 if matches!(&settled, Some(Err(e)) if e.is_retryable())
                     && let Some(asked) = asked.take()
                 {
                     // What comes meanwhile would lie here for as long as the settle is tried again.
-                    self.call_off(topic, &asked);
+                    self.call_off(&asked);
                 }
                 if let Err(e) = self.settle(topic, &settle, &running, settled) {
                     outside(
@@ -400,10 +403,10 @@ impl<'a> Worker<'a> {
     }
 
     /// Waits no longer for a pop; what it has brought, or brings yet, is released.
-    fn call_off(&self, topic: &str, asked: &Asked) {
+    fn call_off(&self, asked: &Asked) {
         if let Waited::Done(Ok(grants)) = asked.wait(Some(Instant::now())) {
             let engine = self.queue.engine();
-            engine.abandon(topic, grants).iter().for_each(|event| engine.tell(event));
+            engine.abandon(grants).iter().for_each(|event| engine.tell(event));
         }
     }
 
@@ -484,10 +487,11 @@ impl fmt::Debug for Worker<'_> {
 
 /// Goes on without a topic whose name the database cannot store: it has no messages, and must not end the work on
 /// others. Returns whether that is what the error says.
-fn leave_out(topics: &mut Vec<String>, error: &Error) -> bool {
+fn leave_out(group: &mut Arc<Group>, error: &Error) -> bool {
     let Some(impossible) = error.impossible_topic() else { return false };
     outside(|| tracing::error!(topic = impossible, "the worker goes on without a topic: {error}"));
-    topics.retain(|topic| topic != impossible);
+    let left: Vec<&Arc<str>> = group.topics.iter().filter(|topic| ***topic != *impossible).collect();
+    *group = Group::new(&left);
     true
 }
 

@@ -110,6 +110,14 @@ begin
   return least(coalesce(start, '-infinity'), late);
 end
 $$;
+CREATE FUNCTION pushpop.bottoms(topic text) RETURNS TABLE(start timestamp with time zone)
+    LANGUAGE sql STABLE
+    AS $$
+  select coalesce(least(
+    (select t.low from "pushpop".topics t where t.topic = bottoms.topic),
+    (select b.ready_at from "pushpop".behind b where b.topic = bottoms.topic order by b.ready_at, b.entry limit 1)
+  ), '-infinity')
+$$;
 CREATE FUNCTION pushpop.cancel(topic text, id uuid, keep double precision DEFAULT 3600) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -259,6 +267,17 @@ begin
   end if;
 end
 $$;
+CREATE FUNCTION pushpop.check_topics(topics text[]) RETURNS void
+    LANGUAGE plpgsql IMMUTABLE
+    AS $$
+begin
+  if cardinality(topics) is null or cardinality(topics) not between 1 and 10000 then
+    perform "pushpop".refuse(format('1 to 10000 topics are asked together, not %s', coalesce(cardinality(topics), 0)));
+  end if;
+  perform "pushpop".check_topic(u.topic) from unnest(topics) u(topic)
+  where (octet_length(u.topic) between 1 and 255) is not true;
+end
+$$;
 CREATE FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision DEFAULT 3600, once boolean DEFAULT false) RETURNS void
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
@@ -292,14 +311,19 @@ begin
     select m.id, m.payload, m.headers, 'dead', m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at,
            null::timestamptz, m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
-      select d.id from "pushpop".dead d
-      where d.topic = dead_letters.topic
-        and (d.died_at, d.id) < (before, coalesce(before_id, '00000000-0000-0000-0000-000000000000'))
-      order by d.died_at desc, d.id desc limit max
-    ) d
-    cross join lateral (
-      select m.* from "pushpop".messages m where m.topic = dead_letters.topic and m.id = d.id offset 0
-    ) m;
+      select m.*, row_number() over () as nth,
+             sum(greatest("pushpop".weigh(m.payload, m.headers, m.failures), 16384)) over (rows unbounded preceding) as bytes
+      from (
+        select d.id from "pushpop".dead d
+        where d.topic = dead_letters.topic
+          and (d.died_at, d.id) < (before, coalesce(before_id, '00000000-0000-0000-0000-000000000000'))
+        order by d.died_at desc, d.id desc limit max
+      ) d
+      cross join lateral (
+        select m.* from "pushpop".messages m where m.topic = dead_letters.topic and m.id = d.id offset 0
+      ) m
+    ) m
+    where m.bytes <= 16777216 or m.nth = 1;
 end
 $$;
 CREATE FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) RETURNS void
@@ -315,7 +339,7 @@ CREATE FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double pr
     LANGUAGE sql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     AS $$ select "pushpop".settle_one(topic, id, token, 'discard', null, null, keep, once) $$;
-CREATE FUNCTION pushpop.enqueue(topic text, moment timestamp with time zone, low timestamp with time zone, ready_at timestamp with time zone, pushed_at timestamp with time zone, place integer, fence integer, ids uuid[]) RETURNS void
+CREATE FUNCTION pushpop.enqueue(topic text, moment timestamp with time zone, low timestamp with time zone, ready_at timestamp with time zone, pushed_at timestamp with time zone, place integer, fence integer, ids uuid[], bytes integer DEFAULT 0) RETURNS void
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -323,8 +347,9 @@ declare
   n integer := cardinality(ids);
 begin
   if n = 1 then
-    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-    values (enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place, 1, enqueue.fence, enqueue.ids[1], enqueue.ids);
+    insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, bytes, id, ids)
+    values (enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place, 1, enqueue.fence, enqueue.bytes, enqueue.ids[1],
+            enqueue.ids);
   else
     insert into "pushpop".runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
     select enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place + first - 1, least(25, n - first + 1), enqueue.fence,
@@ -459,7 +484,8 @@ begin
                      else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and "pushpop".delivery(m.pushed_at, m.fence) = give_back.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
-  returning m.id, m.ready_at, m.pushed_at, m.place, m.fence, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
+  returning m.id, m.ready_at, m.pushed_at, m.place, m.fence, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead,
+            "pushpop".weigh(m.payload, m.headers, m.failures) as bytes
   into message;
   if not found then
     return false;
@@ -471,7 +497,7 @@ begin
     insert into "pushpop".dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
     perform "pushpop".enqueue(give_back.topic, moment, null, message.ready_at, message.pushed_at, message.place, message.fence,
-                            array[message.id]);
+                            array[message.id], message.bytes);
   end if;
   return true;
 end
@@ -737,17 +763,22 @@ begin
            m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
            m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
-      select q.ids from "pushpop".runs q where q.topic = peek.topic and q.ready_at >= start
-      order by q.ready_at, q.pushed_at, q.place, q.id limit max
-    ) q
-    cross join lateral unnest(q.ids) u(id)
-    cross join lateral (
-      select m.* from "pushpop".messages m where m.topic = peek.topic and m.id = u.id offset 0
+      select m.*, row_number() over () as nth,
+             sum(greatest("pushpop".weigh(m.payload, m.headers, m.failures), 16384)) over (rows unbounded preceding) as bytes
+      from (
+        select q.ids from "pushpop".runs q where q.topic = peek.topic and q.ready_at >= start
+        order by q.ready_at, q.pushed_at, q.place, q.id limit max
+      ) q
+      cross join lateral unnest(q.ids) u(id)
+      cross join lateral (
+        select m.* from "pushpop".messages m where m.topic = peek.topic and m.id = u.id offset 0
+      ) m
+      limit max
     ) m
-    limit max;
+    where m.bytes <= 16777216 or m.nth = 1;
 end
 $$;
-CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT NULL::double precision, fallback double precision DEFAULT 300) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
+CREATE FUNCTION pushpop.pop(topic text, max integer DEFAULT 1, lease double precision DEFAULT NULL::double precision, fallback double precision DEFAULT 300, bytes bigint DEFAULT 16777216) RETURNS TABLE(id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
@@ -779,6 +810,8 @@ begin
   end if;
   if max is null or max not between 1 and 1000 then
     perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
+  elsif (bytes > 0) is not true then
+    perform "pushpop".refuse(format('a pop takes at least 1 byte, not %s', coalesce(bytes::text, 'null')));
   end if;
   -- As in a push: a lease may end before this transaction does, and no mark may pass it meanwhile.
   lock table "pushpop".messages in row exclusive mode;
@@ -797,17 +830,17 @@ begin
     end if;
   end if;
   start := coalesce(known.low, '-infinity');
-  taken := "pushpop".take_runs(pop.topic, start, moment, max);
+  taken := "pushpop".take_runs(pop.topic, start, moment, max, bytes);
   -- Nothing there: look at everything, first at what lies behind the mark.
   if taken.ids is null then
     if "pushpop".reclaim(pop.topic, moment, 1000) > 0
        or exists (select from "pushpop".behind b where b.topic = pop.topic)
        or "pushpop".begin_sweep(pop.topic, moment, known.swept_at) then
       start := '-infinity';
-      taken := "pushpop".take_runs(pop.topic, start, moment, max);
+      taken := "pushpop".take_runs(pop.topic, start, moment, max, bytes);
     end if;
     if taken.ids is null and free then
-      taken := "pushpop".wait_for_runs(pop.topic, start, moment, max);
+      taken := "pushpop".wait_for_runs(pop.topic, start, moment, max, bytes);
     end if;
     if taken.ids is null then
       return;
@@ -863,6 +896,91 @@ begin
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
   end if;
+end
+$$;
+CREATE FUNCTION pushpop.pop_any(topics text[], max integer DEFAULT 1, lease double precision DEFAULT NULL::double precision, fallback double precision DEFAULT 300, maxes integer[] DEFAULT NULL::integer[], leases double precision[] DEFAULT NULL::double precision[]) RETURNS TABLE(part bigint, id uuid, payload bytea, headers jsonb, token bytea, lease_until timestamp with time zone, attempt integer, max_attempts integer, fence bigint, pushed_at timestamp with time zone, ready_at timestamp with time zone, last_error text, failures jsonb)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
+    SET jit TO 'off'
+    SET enable_seqscan TO 'off'
+    SET enable_bitmapscan TO 'off'
+    SET enable_sort TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
+    SET plan_cache_mode TO 'force_generic_plan'
+    AS $$
+#variable_conflict use_column
+declare
+  moment  timestamptz := clock_timestamp();
+  want    integer := case when maxes is null then max end;
+  room    bigint := 16777216;
+  sweeps  integer := 20;
+  asked   record;
+  message record;
+begin
+  perform "pushpop".check_topics(topics);
+  perform "pushpop".check_arrays(cardinality(topics), array[cardinality(maxes), cardinality(leases)]);
+  if maxes is null and (max is null or max not between 1 and 1000) then
+    perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
+  end if;
+  for asked in
+    select u.topic, u.part, u.max, coalesce(u.lease, pop_any.lease) as lease, f.is_stale,
+           maxes is not null or f.has_run or f.has_ended as has_some
+    from unnest(topics, maxes, leases) with ordinality u(topic, max, lease, part)
+    left join lateral (
+      select t.paused, t.reclaimed_to, t.swept_at from "pushpop".topics t where maxes is null and t.topic = u.topic offset 0
+    ) t on true
+    cross join lateral "pushpop".bottoms(case when maxes is null then u.topic end) b
+    cross join lateral (
+      select coalesce((
+               select true from "pushpop".runs q
+               where maxes is null and q.topic = u.topic and q.ready_at >= b.start and q.ready_at <= moment limit 1), false) as has_run,
+             coalesce((
+               select true from "pushpop".leases l
+               where maxes is null and l.topic = u.topic and l.lease_until >= coalesce(t.reclaimed_to, '-infinity')
+                 and l.lease_until > '-infinity' and l.lease_until <= moment limit 1), false) as has_ended,
+             (t.swept_at not between moment - interval '1 minute' and moment) is true as is_stale
+      offset 0
+    ) f
+    where maxes is not null and u.max > 0 or maxes is null and t.paused is not true
+  loop
+    if not asked.has_some then
+      -- Some are looked at from the beginning now, which costs most; the others next time.
+      continue when not asked.is_stale or sweeps = 0;
+      sweeps := sweeps - 1;
+    end if;
+    if room <= 0 then
+      part := asked.part;
+      id := null;
+      payload := null;
+      return next;
+      return;
+    end if;
+    for message in
+      select p.* from "pushpop".pop(asked.topic, least(asked.max, want), asked.lease, fallback, room) p
+    loop
+      part := asked.part;
+      id := message.id;
+      payload := message.payload;
+      headers := message.headers;
+      token := message.token;
+      lease_until := message.lease_until;
+      attempt := message.attempt;
+      max_attempts := message.max_attempts;
+      fence := message.fence;
+      pushed_at := message.pushed_at;
+      ready_at := message.ready_at;
+      last_error := message.last_error;
+      failures := message.failures;
+      return next;
+      want := want - 1;
+      room := room - greatest("pushpop".weigh(payload, headers, failures), 16384);
+    end loop;
+    exit when maxes is null and want = 0;
+  end loop;
 end
 $$;
 CREATE FUNCTION pushpop.prove(topic text, id uuid, token bytea) RETURNS bigint
@@ -1020,7 +1138,8 @@ begin
   if duplicate then
     perform "pushpop".wait_for_duplicate();
   else
-    perform "pushpop".enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed]);
+    perform "pushpop".enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed],
+                            "pushpop".weigh(push.payload, push.headers, null));
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform "pushpop".tell(push.topic);
     end if;
@@ -1065,6 +1184,7 @@ declare
   stamped timestamptz;
   known   record;
   most    integer;    -- attempts of a message that does not say
+  widest  integer;
 begin
   perform "pushpop".check_topic(push_many.topic), "pushpop".check_attempts(fallback);
   perform "pushpop".check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
@@ -1079,8 +1199,10 @@ begin
       where p.duplicate;
     return;
   end if;
-  perform "pushpop".check_payload(u.payload) from unnest(payloads) u(payload)
-  where u.payload is null or octet_length(u.payload) > 16777216;
+  select max(coalesce(octet_length(u.payload), 2147483647)) into widest from unnest(payloads) u(payload);
+  if widest > 16777216 then
+    perform "pushpop".check_payload(u.payload) from unnest(payloads) u(payload);
+  end if;
   if not simple then
     perform "pushpop".check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
@@ -1117,23 +1239,24 @@ begin
     )
     select coalesce(array_agg(s.place), '{}') into places from stored s;
   end;
-  if simple and places is null then
+  if simple and places is null and widest <= 16384 then
     perform "pushpop".enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), stamped, stamped, 1, 0, ids);
   else
     -- The places within a run follow one another: what is left of it when it is cut is known by that.
-    perform "pushpop".enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), r.ready_at, stamped, r.place, 0, r.ids)
+    perform "pushpop".enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), r.ready_at, stamped, r.place, 0, r.ids, r.bytes)
     from (
-      select s.ready_at, min(s.place) as place, array_agg(s.id order by s.place) as ids
+      select s.ready_at, min(s.place) as place, array_agg(s.id order by s.place) as ids, max(s.bytes) as bytes
       from (
-        select s.id, s.place, s.ready_at, s.place - row_number() over (partition by s.ready_at order by s.place) as island
+        select s.id, s.place, s.ready_at, s.bytes,
+               s.place - row_number() over (partition by s.ready_at, s.bytes > 0 order by s.place) as island
         from (
-          select u.id, u.place::integer,
+          select u.id, u.place::integer, "pushpop".weigh(u.payload, u.headers, null) as bytes,
                  coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
-          from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
+          from unnest(ids, payloads, headers, delays, ready_ats) with ordinality u(id, payload, headers, delay, ready_at, place)
           where places is null or u.place = any(places)
         ) s
       ) s
-      group by s.ready_at, s.island
+      group by s.ready_at, s.island, case when s.bytes > 0 then s.place end
     ) r;
   end if;
   if places is null or cardinality(places) > 0 then
@@ -1336,6 +1459,7 @@ declare
   message record;
   stamped timestamptz;
   due     timestamptz;
+  bytes   integer;
 begin
   perform "pushpop".check_topic(reschedule.topic), "pushpop".check_push(delay, ready_at, null, null);
   message := "pushpop".take_waiting(reschedule.topic, reschedule.id);
@@ -1346,8 +1470,10 @@ begin
   lock table "pushpop".messages in row exclusive mode;
   stamped := clock_timestamp();
   due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
-  update "pushpop".messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
-  perform "pushpop".enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id]);
+  update "pushpop".messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id
+  returning "pushpop".weigh(m.payload, m.headers, m.failures) into bytes;
+  perform "pushpop".enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id],
+                          bytes);
   perform "pushpop".tell(reschedule.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform "pushpop".make_durable();
@@ -1395,9 +1521,9 @@ begin
       cross join lateral (
         select m.ctid as tid from "pushpop".messages m where m.topic = revive.topic and m.id = u.id offset 0
       ) m))
-    returning m.id, m.pushed_at, m.place, m.fence
+    returning m.id, m.pushed_at, m.place, m.fence, "pushpop".weigh(m.payload, m.headers, m.failures) as bytes
   )
-  select count("pushpop".enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id])::text)
+  select count("pushpop".enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id], r.bytes)::text)
   into counted from revived r;
   delete from "pushpop".dead d where d.topic = revive.topic and d.ctid = any (locked);
   perform "pushpop".tell(revive.topic);
@@ -1792,12 +1918,7 @@ begin
       where f.topic = n.topic and f.at between now - interval '2 seconds' and now offset 0
     ) f on true
     left join lateral (select t.* from "pushpop".topics t where t.topic = n.topic offset 0) t on true
-    -- As "pushpop".bottom has it, for many topics.
-    cross join lateral (
-      select coalesce(least(t.low, (
-        select b.ready_at from "pushpop".behind b where b.topic = n.topic order by b.ready_at, b.entry limit 1
-      )), '-infinity') as start offset 0
-    ) s
+    cross join lateral "pushpop".bottoms(n.topic) s
     cross join lateral (
       select count(*) as read, coalesce(sum(q.n) filter (where q.ready_at <= now), 0) as ready,
              coalesce(sum(q.n) filter (where q.ready_at > now), 0) as delayed,
@@ -1866,7 +1987,7 @@ begin
   end loop;
 end
 $$;
-CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) RETURNS record
+CREATE FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, bytes bigint, OUT ids uuid[], OUT fences bigint[]) RETURNS record
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -1874,9 +1995,10 @@ declare
   run   record;
   whole tid[];
   want  integer := max;
-  -- One row at a time: what is fetched is locked, and must be taken.
+  room  bigint := bytes;
+  -- One row at a time: what is fetched is locked, and is taken, unless it has too many bytes.
   front cursor for
-    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.ids from "pushpop".runs q
+    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.bytes, q.ids from "pushpop".runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
@@ -1903,6 +2025,14 @@ begin
   loop
     fetch front into run;
     exit when not found;
+    -- Messages without a number of their own have 16 KiB at most.
+    if run.bytes = 0 then
+      want := least(want, greatest(room / 16384, (ids is null)::integer));
+    elsif run.bytes > room and ids is not null then
+      want := 0;
+    end if;
+    exit when want = 0;
+    room := room - greatest(run.bytes, least(run.n, want) * 16384);
     if run.n <= want then
       whole := whole || run.tid;
       ids := ids || run.ids;
@@ -2132,10 +2262,26 @@ $$;
 CREATE FUNCTION pushpop.wait_for(topic text, waiter uuid DEFAULT NULL::uuid, within double precision DEFAULT 1, OUT ready boolean, OUT due_in double precision, OUT noted boolean) RETURNS record
     LANGUAGE plpgsql SECURITY DEFINER
     SET search_path TO 'pg_catalog', 'pg_temp'
+    AS $$
+begin
+  select w.ready, w.due_in, w.noted into ready, due_in, noted
+  from "pushpop".wait_for_any(array[wait_for.topic], waiter, within) w;
+  ready := coalesce(ready, false);
+  noted := coalesce(noted, true);
+end
+$$;
+CREATE FUNCTION pushpop.wait_for_any(topics text[], waiter uuid DEFAULT NULL::uuid, within double precision DEFAULT 1) RETURNS TABLE(place integer, ready boolean, due_in double precision, noted boolean)
+    LANGUAGE plpgsql SECURITY DEFINER
+    SET search_path TO 'pg_catalog', 'pg_temp'
     SET jit TO 'off'
     SET enable_seqscan TO 'off'
     SET enable_bitmapscan TO 'off'
     SET enable_sort TO 'off'
+    SET enable_material TO 'off'
+    SET random_page_cost TO '0'
+    SET cpu_tuple_cost TO '0'
+    SET cpu_operator_cost TO '0'
+    SET cpu_index_tuple_cost TO '1'
     SET plan_cache_mode TO 'force_generic_plan'
     AS $$
 #variable_conflict use_column
@@ -2143,46 +2289,57 @@ declare
   moment  timestamptz := clock_timestamp();
   again   timestamptz;
   longest timestamptz := moment + interval '3630 seconds';  -- the clock may have gone back since somebody said so
+  asked   text;
   known   "pushpop".topics;
-  paused  boolean;
-  start   timestamptz;
-  due     timestamptz;
-  ends    timestamptz;
 begin
-  perform "pushpop".check_topic(wait_for.topic);
+  perform "pushpop".check_topics(topics);
   if (within between 0 and 3600) is not true then
     perform "pushpop".refuse(format('whoever waits asks again within 0 to 3600 seconds, not %s', coalesce(within::text, 'null')));
   end if;
   again := moment + within * interval '1 second';
-  select t.* into known from "pushpop".topics t where t.topic = wait_for.topic;
-  paused := known.paused;
-  if known.topic is null or known.wanted_until not between again + interval '15 seconds' and longest
-     or known.wanted_by is distinct from waiter and known.wanted_by is not null then
-    known := "pushpop".lock_topic(wait_for.topic);
+  -- A few hundred at a time, those first that are needed most: until the end, each row that is new has a lock of its own.
+  for asked in
+    select u.topic from unnest(topics) u(topic)
+    left join lateral (
+      select t.wanted_until, t.wanted_by from "pushpop".topics t where t.topic = u.topic offset 0
+    ) t on true
+    where (t.wanted_until between again + interval '15 seconds' and longest) is not true
+       or t.wanted_by is distinct from waiter and t.wanted_by is not null
+    order by t.wanted_until nulls first limit 300
+  loop
+    known := "pushpop".lock_topic(asked);
     if known.topic is not null then
       update "pushpop".topics t
       set wanted_until = greatest(again + interval '30 seconds', case when known.wanted_until <= longest then known.wanted_until end),
           wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
-      where t.topic = wait_for.topic;
+      where t.topic = asked;
+      -- Whoever does nothing but wait looks at everything, too.
+      perform "pushpop".begin_sweep(asked, moment, known.swept_at);
     end if;
-  end if;
-  noted := known.topic is not null;
-  if paused then
-    ready := false;
-    return;
-  end if;
-  start := "pushpop".bottom(wait_for.topic);
-  perform from "pushpop".runs q
-  where q.topic = wait_for.topic and q.ready_at >= start and q.ready_at <= moment limit 1;
-  ready := found;
-  select q.ready_at into due from "pushpop".runs q
-  where q.topic = wait_for.topic and q.ready_at > moment
-  order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
-  select l.lease_until into ends from "pushpop".leases l
-  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
-    and l.lease_until <= again
-  order by l.lease_until limit 1;
-  due_in := extract(epoch from least(nullif(due, 'infinity'), nullif(ends, 'infinity')) - moment);
+  end loop;
+  return query
+    select u.place::integer, coalesce(f.ready and not f.paused, false),
+           case when not f.paused then extract(epoch from least(nullif(f.due, 'infinity'), nullif(f.ends, 'infinity')) - moment) end::double precision, f.noted
+    from unnest(topics) with ordinality u(topic, place)
+    left join lateral (
+      select t.paused, t.reclaimed_to, t.wanted_until, t.wanted_by from "pushpop".topics t where t.topic = u.topic offset 0
+    ) t on true
+    cross join lateral "pushpop".bottoms(u.topic) b
+    cross join lateral (
+      select coalesce(t.paused, false) as paused,
+             (t.wanted_until >= again and (t.wanted_by is null or t.wanted_by = waiter)) is true as noted,
+             (select true from "pushpop".runs q
+              where q.topic = u.topic and q.ready_at >= b.start and q.ready_at <= moment limit 1) as ready,
+             (select q.ready_at from "pushpop".runs q
+              where q.topic = u.topic and q.ready_at > moment
+              order by q.ready_at, q.pushed_at, q.place, q.id limit 1) as due,
+             (select l.lease_until from "pushpop".leases l
+              where l.topic = u.topic and l.lease_until >= coalesce(t.reclaimed_to, '-infinity')
+                and l.lease_until > '-infinity' and l.lease_until <= again
+              order by l.lease_until limit 1) as ends
+      offset 0
+    ) f
+    where not f.noted or not f.paused and (f.ready or f.due is not null or f.ends is not null);
 end
 $$;
 CREATE FUNCTION pushpop.wait_for_duplicate() RETURNS void
@@ -2192,7 +2349,7 @@ begin
   perform pg_logical_emit_message(true, 'pushpop', 'duplicate');
 end
 $$;
-CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) RETURNS record
+CREATE FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, bytes bigint, OUT ids uuid[], OUT fences bigint[]) RETURNS record
     LANGUAGE plpgsql
     AS $$
 #variable_conflict use_column
@@ -2214,12 +2371,19 @@ begin
     exception when lock_not_available then
       return;
     end;
-    taken := "pushpop".take_runs(wait_for_runs.topic, start, moment, max);
+    taken := "pushpop".take_runs(wait_for_runs.topic, start, moment, max, bytes);
     ids := taken.ids;
     fences := taken.fences;
     exit when ids is not null;
   end loop;
 end
+$$;
+CREATE FUNCTION pushpop.weigh(payload bytea, headers jsonb, failures jsonb) RETURNS integer
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE
+    AS $$
+  select case when octet_length(payload) + coalesce(octet_length(headers::text), 0) + coalesce(octet_length(failures::text), 0) > 16384
+         then octet_length(payload) + coalesce(octet_length(headers::text), 0) + coalesce(octet_length(failures::text), 0)
+         else 0 end
 $$;
 CREATE TABLE pushpop.behind (
     ready_at timestamp with time zone NOT NULL,
@@ -2344,6 +2508,7 @@ CREATE TABLE pushpop.runs (
     place integer NOT NULL,
     n integer NOT NULL,
     fence integer DEFAULT 0 NOT NULL,
+    bytes integer DEFAULT 0 NOT NULL,
     id uuid NOT NULL,
     topic text NOT NULL COLLATE pg_catalog."C",
     ids uuid[] NOT NULL
@@ -2377,6 +2542,7 @@ REVOKE ALL ON FUNCTION pushpop.as_text(payload bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.backoff(topic text, attempt integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.begin_sweep(topic text, moment timestamp with time zone, swept_at timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.bottom(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.bottoms(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.cancel(topic text, id uuid, keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_arrays(wanted integer, others integer[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_attempts(attempts integer) FROM PUBLIC;
@@ -2386,12 +2552,13 @@ REVOKE ALL ON FUNCTION pushpop.check_payload(payload bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_push(delay double precision, ready_at timestamp with time zone, headers jsonb, max_attempts integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_settle(ids uuid[], tokens bytea[], outcomes text[], delays double precision[], errors text[], keep double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.check_topic(topic text) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.check_topics(topics text[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.complete(topic text, id uuid, token bytea, keep double precision, once boolean) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.dead_letters(topic text, max integer, before timestamp with time zone, before_id uuid) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.defer(topic text, id uuid, token bytea, delay double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.delivery(pushed_at timestamp with time zone, fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.discard(topic text, id uuid, token bytea, keep double precision, once boolean) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.enqueue(topic text, moment timestamp with time zone, low timestamp with time zone, ready_at timestamp with time zone, pushed_at timestamp with time zone, place integer, fence integer, ids uuid[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.enqueue(topic text, moment timestamp with time zone, low timestamp with time zone, ready_at timestamp with time zone, pushed_at timestamp with time zone, place integer, fence integer, ids uuid[], bytes integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend(topic text, id uuid, token bytea, lease double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.extend_lease(topic text, id uuid, fence bigint, token bytea, until timestamp with time zone) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.fail(topic text, id uuid, token bytea, error text, delay double precision) FROM PUBLIC;
@@ -2411,7 +2578,8 @@ REVOKE ALL ON FUNCTION pushpop.note_look(topic text, moment timestamp with time 
 REVOKE ALL ON FUNCTION pushpop.one_more(n integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.pause(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.peek(topic text, max integer) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision, fallback double precision) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pop(topic text, max integer, lease double precision, fallback double precision, bytes bigint) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.pop_any(topics text[], max integer, lease double precision, fallback double precision, maxes integer[], leases double precision[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.prove(topic text, id uuid, token bytea) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.purge_dead(topic text, age double precision, max integer) FROM PUBLIC;
@@ -2440,7 +2608,7 @@ REVOKE ALL ON FUNCTION pushpop.settle_single(topic text, id uuid, token bytea, o
 REVOKE ALL ON FUNCTION pushpop.split_run(topic text, tid tid, slot integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.stats(topic text, OUT at timestamp with time zone, OUT ready bigint, OUT delayed bigint, OUT leased bigint, OUT settled bigint, OUT dead bigint, OUT oldest_ready_at timestamp with time zone, OUT paused boolean, OUT upkept_at timestamp with time zone, OUT upkeep_seconds double precision, OUT upkeep_rows bigint) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_figures(topics text[]) FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.take_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, bytes bigint, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.take_waiting(topic text, id uuid, OUT pushed_at timestamp with time zone, OUT place integer, OUT fence integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tell(topic text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) FROM PUBLIC;
@@ -2450,5 +2618,7 @@ REVOKE ALL ON FUNCTION pushpop.topic_settings(topic text, OUT paused boolean, OU
 REVOKE ALL ON FUNCTION pushpop.upkeep(topic text, max integer) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.upkeep_due(max integer, after text) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for(topic text, waiter uuid, within double precision, OUT ready boolean, OUT due_in double precision, OUT noted boolean) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for_any(topics text[], waiter uuid, within double precision) FROM PUBLIC;
 REVOKE ALL ON FUNCTION pushpop.wait_for_duplicate() FROM PUBLIC;
-REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.wait_for_runs(topic text, start timestamp with time zone, moment timestamp with time zone, max integer, bytes bigint, OUT ids uuid[], OUT fences bigint[]) FROM PUBLIC;
+REVOKE ALL ON FUNCTION pushpop.weigh(payload bytea, headers jsonb, failures jsonb) FROM PUBLIC;

@@ -176,6 +176,7 @@ declare
   message record;
   stamped timestamptz;
   due     timestamptz;
+  bytes   integer;
 begin
   perform pushpop.check_topic(reschedule.topic), pushpop.check_push(delay, ready_at, null, null);
   message := pushpop.take_waiting(reschedule.topic, reschedule.id);
@@ -186,8 +187,10 @@ begin
   lock table pushpop.messages in row exclusive mode;
   stamped := clock_timestamp();
   due := coalesce(reschedule.ready_at, stamped + coalesce(delay, 0) * interval '1 second');
-  update pushpop.messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id;
-  perform pushpop.enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id]);
+  update pushpop.messages m set ready_at = due where m.topic = reschedule.topic and m.id = reschedule.id
+  returning pushpop.weigh(m.payload, m.headers, m.failures) into bytes;
+  perform pushpop.enqueue(reschedule.topic, stamped, null, due, message.pushed_at, message.place, message.fence, array[reschedule.id],
+                          bytes);
   perform pushpop.tell(reschedule.topic);
   if current_setting('synchronous_commit') = 'off' then
     perform pushpop.make_durable();

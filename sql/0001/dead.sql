@@ -2,7 +2,8 @@
 --
 -- Whoever changes one locks its row in pushpop.dead first, in the order of their deaths.
 
--- The dead of a topic, up to max of them, newest first.
+-- The dead of a topic, up to max of them, newest first. Fewer if they would have more than 16 MiB together, but one at
+-- least.
 --
 -- before     only those that died before this time
 -- before_id  and of those that died at this time, the ones with smaller ids: with done_at and id of
@@ -41,14 +42,19 @@ begin
     select m.id, m.payload, m.headers, 'dead', m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at,
            null::timestamptz, m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
-      select d.id from pushpop.dead d
-      where d.topic = dead_letters.topic
-        and (d.died_at, d.id) < (before, coalesce(before_id, '00000000-0000-0000-0000-000000000000'))
-      order by d.died_at desc, d.id desc limit max
-    ) d
-    cross join lateral (
-      select m.* from pushpop.messages m where m.topic = dead_letters.topic and m.id = d.id offset 0
-    ) m;
+      select m.*, row_number() over () as nth,
+             sum(greatest(pushpop.weigh(m.payload, m.headers, m.failures), 16384)) over (rows unbounded preceding) as bytes
+      from (
+        select d.id from pushpop.dead d
+        where d.topic = dead_letters.topic
+          and (d.died_at, d.id) < (before, coalesce(before_id, '00000000-0000-0000-0000-000000000000'))
+        order by d.died_at desc, d.id desc limit max
+      ) d
+      cross join lateral (
+        select m.* from pushpop.messages m where m.topic = dead_letters.topic and m.id = d.id offset 0
+      ) m
+    ) m
+    where m.bytes <= 16777216 or m.nth = 1;
 end
 $body$;
 
@@ -163,9 +169,9 @@ begin
       cross join lateral (
         select m.ctid as tid from pushpop.messages m where m.topic = revive.topic and m.id = u.id offset 0
       ) m))
-    returning m.id, m.pushed_at, m.place, m.fence
+    returning m.id, m.pushed_at, m.place, m.fence, pushpop.weigh(m.payload, m.headers, m.failures) as bytes
   )
-  select count(pushpop.enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id])::text)
+  select count(pushpop.enqueue(revive.topic, stamped, null, stamped, r.pushed_at, r.place, r.fence, array[r.id], r.bytes)::text)
   into counted from revived r;
   delete from pushpop.dead d where d.topic = revive.topic and d.ctid = any (locked);
   perform pushpop.tell(revive.topic);

@@ -95,7 +95,7 @@ end
 $body$;
 
 -- The first messages of a topic that wait, in the order in which they will be popped: ready, then
--- delayed.
+-- delayed. Fewer than max if they would have more than 16 MiB together, but one at least.
 create function pushpop.peek(topic text, max integer default 10) returns setof pushpop.message
 language plpgsql stable security definer
 set search_path = pg_catalog, pg_temp
@@ -118,13 +118,18 @@ begin
            m.attempt, m.max_attempts::integer, m.fence::bigint, m.pushed_at, m.ready_at, null::timestamptz,
            m.done_at, m.delete_at, m.failures -> -1 ->> 'error', m.failures
     from (
-      select q.ids from pushpop.runs q where q.topic = peek.topic and q.ready_at >= start
-      order by q.ready_at, q.pushed_at, q.place, q.id limit max
-    ) q
-    cross join lateral unnest(q.ids) u(id)
-    cross join lateral (
-      select m.* from pushpop.messages m where m.topic = peek.topic and m.id = u.id offset 0
+      select m.*, row_number() over () as nth,
+             sum(greatest(pushpop.weigh(m.payload, m.headers, m.failures), 16384)) over (rows unbounded preceding) as bytes
+      from (
+        select q.ids from pushpop.runs q where q.topic = peek.topic and q.ready_at >= start
+        order by q.ready_at, q.pushed_at, q.place, q.id limit max
+      ) q
+      cross join lateral unnest(q.ids) u(id)
+      cross join lateral (
+        select m.* from pushpop.messages m where m.topic = peek.topic and m.id = u.id offset 0
+      ) m
+      limit max
     ) m
-    limit max;
+    where m.bytes <= 16777216 or m.nth = 1;
 end
 $body$;

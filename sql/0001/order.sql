@@ -24,8 +24,10 @@
 --         watermark cannot pass it
 -- low     the watermark, if the caller has read it: it may be later than the moment when the server's clock went back
 -- place   of the first; fence: deliveries of each of them that are over
+-- bytes   as pushpop.weigh has it: of each 0, or there is one
 create function pushpop.enqueue(
-  topic text, moment timestamptz, low timestamptz, ready_at timestamptz, pushed_at timestamptz, place integer, fence integer, ids uuid[]
+  topic text, moment timestamptz, low timestamptz, ready_at timestamptz, pushed_at timestamptz, place integer, fence integer, ids uuid[],
+  bytes integer default 0
 ) returns void
 language plpgsql
 as $body$
@@ -34,8 +36,9 @@ declare
   n integer := cardinality(ids);
 begin
   if n = 1 then
-    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
-    values (enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place, 1, enqueue.fence, enqueue.ids[1], enqueue.ids);
+    insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, bytes, id, ids)
+    values (enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place, 1, enqueue.fence, enqueue.bytes, enqueue.ids[1],
+            enqueue.ids);
   else
     insert into pushpop.runs (topic, ready_at, pushed_at, place, n, fence, id, ids)
     select enqueue.topic, enqueue.ready_at, enqueue.pushed_at, enqueue.place + first - 1, least(25, n - first + 1), enqueue.fence,
@@ -52,6 +55,15 @@ begin
   end if;
   insert into pushpop.behind (topic, ready_at) values (enqueue.topic, enqueue.ready_at);
 end
+$body$;
+
+-- How many bytes a message has that a pop hands out, if these are more than 16 KiB; otherwise 0.
+create function pushpop.weigh(payload bytea, headers jsonb, failures jsonb) returns integer
+language sql immutable parallel safe
+as $body$
+  select case when octet_length(payload) + coalesce(octet_length(headers::text), 0) + coalesce(octet_length(failures::text), 0) > 16384
+         then octet_length(payload) + coalesce(octet_length(headers::text), 0) + coalesce(octet_length(failures::text), 0)
+         else 0 end
 $body$;
 
 -- Takes the message of a slot out of a run that the caller has locked. What is behind it in the run becomes a run of
@@ -101,6 +113,16 @@ create function pushpop.sees_all() returns boolean
 language sql stable
 as $body$
   select current_setting('transaction_isolation') not in ('repeatable read', 'serializable')
+$body$;
+
+-- The same within a query over many topics, of which it becomes a part.
+create function pushpop.bottoms(topic text) returns table (start timestamptz)
+language sql stable
+as $body$
+  select coalesce(least(
+    (select t.low from pushpop.topics t where t.topic = bottoms.topic),
+    (select b.ready_at from pushpop.behind b where b.topic = bottoms.topic order by b.ready_at, b.entry limit 1)
+  ), '-infinity')
 $body$;
 
 -- Once a minute a pop that finds nothing looks at everything, and the next one moves the mark anew: nothing is lost

@@ -13,7 +13,8 @@ as $body$
 $body$;
 
 -- Pops up to max messages of a topic, oldest first, each leased for so many seconds: lease, else what
--- the topic says, else fallback. A topic that is paused hands out none.
+-- the topic says, else fallback. A topic that is paused hands out none. Payloads, headers and failures have up to
+-- so many bytes together: fewer messages come than there are if they have more, but one at least.
 --
 -- The token proves the lease to every later call. A message whose lease expired is free again,
 -- at its old place; one that has no attempt left is dead and is not handed out.
@@ -21,7 +22,8 @@ create function pushpop.pop(
   topic    text,
   max      integer          default 1,
   lease    double precision default null,
-  fallback double precision default 300
+  fallback double precision default 300,
+  bytes    bigint           default 16777216
 ) returns table (
   id           uuid,
   payload      bytea,
@@ -67,6 +69,8 @@ begin
   end if;
   if max is null or max not between 1 and 1000 then
     perform pushpop.refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
+  elsif (bytes > 0) is not true then
+    perform pushpop.refuse(format('a pop takes at least 1 byte, not %s', coalesce(bytes::text, 'null')));
   end if;
 
   -- As in a push: a lease may end before this transaction does, and no mark may pass it meanwhile.
@@ -86,7 +90,7 @@ begin
     end if;
   end if;
   start := coalesce(known.low, '-infinity');
-  taken := pushpop.take_runs(pop.topic, start, moment, max);
+  taken := pushpop.take_runs(pop.topic, start, moment, max, bytes);
 
   -- Nothing there: look at everything, first at what lies behind the mark.
   if taken.ids is null then
@@ -94,10 +98,10 @@ begin
        or exists (select from pushpop.behind b where b.topic = pop.topic)
        or pushpop.begin_sweep(pop.topic, moment, known.swept_at) then
       start := '-infinity';
-      taken := pushpop.take_runs(pop.topic, start, moment, max);
+      taken := pushpop.take_runs(pop.topic, start, moment, max, bytes);
     end if;
     if taken.ids is null and free then
-      taken := pushpop.wait_for_runs(pop.topic, start, moment, max);
+      taken := pushpop.wait_for_runs(pop.topic, start, moment, max, bytes);
     end if;
     if taken.ids is null then
       return;
@@ -157,11 +161,124 @@ begin
 end
 $body$;
 
--- Takes the first runs, up to max messages, out of the order; returns their ids, or null, and the
--- numbers of their next deliveries. A run that is larger than what is still wanted is cut: its
+-- The same from several topics, one after the other: up to max messages together, from whichever have some, so that
+-- the last ones may not be asked. With maxes, up to so many of each instead; with leases, each as long as its
+-- topic's.
+--
+-- part  the place of its topic among them, from one on. A row that has nothing else is of the first topic that was not
+--       asked, because the others had so many bytes.
+create function pushpop.pop_any(
+  topics   text[],
+  max      integer            default 1,
+  lease    double precision   default null,
+  fallback double precision   default 300,
+  maxes    integer[]          default null,
+  leases   double precision[] default null
+) returns table (
+  part         bigint,
+  id           uuid,
+  payload      bytea,
+  headers      jsonb,
+  token        bytea,
+  lease_until  timestamptz,
+  attempt      integer,
+  max_attempts integer,
+  fence        bigint,
+  pushed_at    timestamptz,
+  ready_at     timestamptz,
+  last_error   text,
+  failures     jsonb
+)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
+set jit = off
+set enable_seqscan = off
+set enable_bitmapscan = off
+set enable_sort = off
+set enable_material = off
+set random_page_cost = 0
+set cpu_tuple_cost = 0
+set cpu_operator_cost = 0
+set cpu_index_tuple_cost = 1
+set plan_cache_mode = force_generic_plan
+as $body$
+#variable_conflict use_column
+declare
+  moment  timestamptz := clock_timestamp();
+  want    integer := case when maxes is null then max end;
+  room    bigint := 16777216;
+  sweeps  integer := 20;
+  asked   record;
+  message record;
+begin
+  perform pushpop.check_topics(topics);
+  perform pushpop.check_arrays(cardinality(topics), array[cardinality(maxes), cardinality(leases)]);
+  if maxes is null and (max is null or max not between 1 and 1000) then
+    perform pushpop.refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
+  end if;
+  for asked in
+    select u.topic, u.part, u.max, coalesce(u.lease, pop_any.lease) as lease, f.is_stale,
+           maxes is not null or f.has_run or f.has_ended as has_some
+    from unnest(topics, maxes, leases) with ordinality u(topic, max, lease, part)
+    left join lateral (
+      select t.paused, t.reclaimed_to, t.swept_at from pushpop.topics t where maxes is null and t.topic = u.topic offset 0
+    ) t on true
+    cross join lateral pushpop.bottoms(case when maxes is null then u.topic end) b
+    cross join lateral (
+      select coalesce((
+               select true from pushpop.runs q
+               where maxes is null and q.topic = u.topic and q.ready_at >= b.start and q.ready_at <= moment limit 1), false) as has_run,
+             coalesce((
+               select true from pushpop.leases l
+               where maxes is null and l.topic = u.topic and l.lease_until >= coalesce(t.reclaimed_to, '-infinity')
+                 and l.lease_until > '-infinity' and l.lease_until <= moment limit 1), false) as has_ended,
+             (t.swept_at not between moment - interval '1 minute' and moment) is true as is_stale
+      offset 0
+    ) f
+    where maxes is not null and u.max > 0 or maxes is null and t.paused is not true
+  loop
+    if not asked.has_some then
+      -- Some are looked at from the beginning now, which costs most; the others next time.
+      continue when not asked.is_stale or sweeps = 0;
+      sweeps := sweeps - 1;
+    end if;
+    if room <= 0 then
+      part := asked.part;
+      id := null;
+      payload := null;
+      return next;
+      return;
+    end if;
+    for message in
+      select p.* from pushpop.pop(asked.topic, least(asked.max, want), asked.lease, fallback, room) p
+    loop
+      part := asked.part;
+      id := message.id;
+      payload := message.payload;
+      headers := message.headers;
+      token := message.token;
+      lease_until := message.lease_until;
+      attempt := message.attempt;
+      max_attempts := message.max_attempts;
+      fence := message.fence;
+      pushed_at := message.pushed_at;
+      ready_at := message.ready_at;
+      last_error := message.last_error;
+      failures := message.failures;
+      return next;
+      want := want - 1;
+      room := room - greatest(pushpop.weigh(payload, headers, failures), 16384);
+    end loop;
+    exit when maxes is null and want = 0;
+  end loop;
+end
+$body$;
+
+-- Takes the first runs, up to max messages and about so many bytes, out of the order; returns their ids, or null, and
+-- the numbers of their next deliveries. A run that is larger than what is still wanted is cut: its
 -- rest stays at its place.
 create function pushpop.take_runs(
-  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences bigint[]
+  topic text, start timestamptz, moment timestamptz, max integer, bytes bigint, out ids uuid[], out fences bigint[]
 )
 language plpgsql
 as $body$
@@ -170,9 +287,10 @@ declare
   run   record;
   whole tid[];
   want  integer := max;
-  -- One row at a time: what is fetched is locked, and must be taken.
+  room  bigint := bytes;
+  -- One row at a time: what is fetched is locked, and is taken, unless it has too many bytes.
   front cursor for
-    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.ids from pushpop.runs q
+    select q.ctid as tid, q.n, q.pushed_at, q.fence, q.bytes, q.ids from pushpop.runs q
     where q.topic = take_runs.topic and q.ready_at >= start and q.ready_at <= moment
     order by q.ready_at, q.pushed_at, q.place, q.id
     for update skip locked;
@@ -200,6 +318,14 @@ begin
   loop
     fetch front into run;
     exit when not found;
+    -- Messages without a number of their own have 16 KiB at most.
+    if run.bytes = 0 then
+      want := least(want, greatest(room / 16384, (ids is null)::integer));
+    elsif run.bytes > room and ids is not null then
+      want := 0;
+    end if;
+    exit when want = 0;
+    room := room - greatest(run.bytes, least(run.n, want) * 16384);
     if run.n <= want then
       whole := whole || run.tid;
       ids := ids || run.ids;
@@ -223,7 +349,7 @@ $body$;
 -- Nothing was free, but a run may just be in the hands of another pop, which leaves a rest: waits
 -- for it, up to a second.
 create function pushpop.wait_for_runs(
-  topic text, start timestamptz, moment timestamptz, max integer, out ids uuid[], out fences bigint[]
+  topic text, start timestamptz, moment timestamptz, max integer, bytes bigint, out ids uuid[], out fences bigint[]
 )
 language plpgsql
 as $body$
@@ -246,7 +372,7 @@ begin
     exception when lock_not_available then
       return;
     end;
-    taken := pushpop.take_runs(wait_for_runs.topic, start, moment, max);
+    taken := pushpop.take_runs(wait_for_runs.topic, start, moment, max, bytes);
     ids := taken.ids;
     fences := taken.fences;
     exit when ids is not null;
@@ -327,10 +453,33 @@ create function pushpop.wait_for(
 )
 language plpgsql security definer
 set search_path = pg_catalog, pg_temp
+as $body$
+begin
+  select w.ready, w.due_in, w.noted into ready, due_in, noted
+  from pushpop.wait_for_any(array[wait_for.topic], waiter, within) w;
+  ready := coalesce(ready, false);
+  noted := coalesce(noted, true);
+end
+$body$;
+
+-- The same for a message of any of some topics. Returns a row for each place among them of which there is something to be
+-- said: a message is ready, or will be, or pushes do not notify yet.
+create function pushpop.wait_for_any(
+  topics text[],
+  waiter uuid             default null,
+  within double precision default 1
+) returns table (place integer, ready boolean, due_in double precision, noted boolean)
+language plpgsql security definer
+set search_path = pg_catalog, pg_temp
 set jit = off
 set enable_seqscan = off
 set enable_bitmapscan = off
 set enable_sort = off
+set enable_material = off
+set random_page_cost = 0
+set cpu_tuple_cost = 0
+set cpu_operator_cost = 0
+set cpu_index_tuple_cost = 1
 set plan_cache_mode = force_generic_plan
 as $body$
 #variable_conflict use_column
@@ -338,47 +487,58 @@ declare
   moment  timestamptz := clock_timestamp();
   again   timestamptz;
   longest timestamptz := moment + interval '3630 seconds';  -- the clock may have gone back since somebody said so
+  asked   text;
   known   pushpop.topics;
-  paused  boolean;
-  start   timestamptz;
-  due     timestamptz;
-  ends    timestamptz;
 begin
-  perform pushpop.check_topic(wait_for.topic);
+  perform pushpop.check_topics(topics);
   if (within between 0 and 3600) is not true then
     perform pushpop.refuse(format('whoever waits asks again within 0 to 3600 seconds, not %s', coalesce(within::text, 'null')));
   end if;
   again := moment + within * interval '1 second';
-  select t.* into known from pushpop.topics t where t.topic = wait_for.topic;
-  paused := known.paused;
-  if known.topic is null or known.wanted_until not between again + interval '15 seconds' and longest
-     or known.wanted_by is distinct from waiter and known.wanted_by is not null then
-    known := pushpop.lock_topic(wait_for.topic);
+
+  -- A few hundred at a time, those first that are needed most: until the end, each row that is new has a lock of its own.
+  for asked in
+    select u.topic from unnest(topics) u(topic)
+    left join lateral (
+      select t.wanted_until, t.wanted_by from pushpop.topics t where t.topic = u.topic offset 0
+    ) t on true
+    where (t.wanted_until between again + interval '15 seconds' and longest) is not true
+       or t.wanted_by is distinct from waiter and t.wanted_by is not null
+    order by t.wanted_until nulls first limit 300
+  loop
+    known := pushpop.lock_topic(asked);
     if known.topic is not null then
       update pushpop.topics t
       set wanted_until = greatest(again + interval '30 seconds', case when known.wanted_until <= longest then known.wanted_until end),
           wanted_by = case when known.wanted_until < moment or known.wanted_by = waiter then waiter end
-      where t.topic = wait_for.topic;
+      where t.topic = asked;
+      -- Whoever does nothing but wait looks at everything, too.
+      perform pushpop.begin_sweep(asked, moment, known.swept_at);
     end if;
-  end if;
+  end loop;
 
-  noted := known.topic is not null;
-  if paused then
-    ready := false;
-    return;
-  end if;
-  start := pushpop.bottom(wait_for.topic);
-  perform from pushpop.runs q
-  where q.topic = wait_for.topic and q.ready_at >= start and q.ready_at <= moment limit 1;
-  ready := found;
-
-  select q.ready_at into due from pushpop.runs q
-  where q.topic = wait_for.topic and q.ready_at > moment
-  order by q.ready_at, q.pushed_at, q.place, q.id limit 1;
-  select l.lease_until into ends from pushpop.leases l
-  where l.topic = wait_for.topic and l.lease_until >= coalesce(known.reclaimed_to, '-infinity') and l.lease_until > '-infinity'
-    and l.lease_until <= again
-  order by l.lease_until limit 1;
-  due_in := extract(epoch from least(nullif(due, 'infinity'), nullif(ends, 'infinity')) - moment);
+  return query
+    select u.place::integer, coalesce(f.ready and not f.paused, false),
+           case when not f.paused then extract(epoch from least(nullif(f.due, 'infinity'), nullif(f.ends, 'infinity')) - moment) end::double precision, f.noted
+    from unnest(topics) with ordinality u(topic, place)
+    left join lateral (
+      select t.paused, t.reclaimed_to, t.wanted_until, t.wanted_by from pushpop.topics t where t.topic = u.topic offset 0
+    ) t on true
+    cross join lateral pushpop.bottoms(u.topic) b
+    cross join lateral (
+      select coalesce(t.paused, false) as paused,
+             (t.wanted_until >= again and (t.wanted_by is null or t.wanted_by = waiter)) is true as noted,
+             (select true from pushpop.runs q
+              where q.topic = u.topic and q.ready_at >= b.start and q.ready_at <= moment limit 1) as ready,
+             (select q.ready_at from pushpop.runs q
+              where q.topic = u.topic and q.ready_at > moment
+              order by q.ready_at, q.pushed_at, q.place, q.id limit 1) as due,
+             (select l.lease_until from pushpop.leases l
+              where l.topic = u.topic and l.lease_until >= coalesce(t.reclaimed_to, '-infinity')
+                and l.lease_until > '-infinity' and l.lease_until <= again
+              order by l.lease_until limit 1) as ends
+      offset 0
+    ) f
+    where not f.noted or not f.paused and (f.ready or f.due is not null or f.ends is not null);
 end
 $body$;

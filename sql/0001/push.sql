@@ -34,6 +34,19 @@ begin
 end
 $body$;
 
+-- Topics that are asked together.
+create function pushpop.check_topics(topics text[]) returns void
+language plpgsql immutable
+as $body$
+begin
+  if cardinality(topics) is null or cardinality(topics) not between 1 and 10000 then
+    perform pushpop.refuse(format('1 to 10000 topics are asked together, not %s', coalesce(cardinality(topics), 0)));
+  end if;
+  perform pushpop.check_topic(u.topic) from unnest(topics) u(topic)
+  where (octet_length(u.topic) between 1 and 255) is not true;
+end
+$body$;
+
 -- Payloads may have 16 MiB, or what the setting pushpop_pg.max_payload says, up to 256 MiB.
 create function pushpop.check_payload(payload bytea) returns void
 language plpgsql stable
@@ -162,7 +175,8 @@ begin
   if duplicate then
     perform pushpop.wait_for_duplicate();
   else
-    perform pushpop.enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed]);
+    perform pushpop.enqueue(push.topic, stamped, coalesce(known.low, '-infinity'), due, stamped, 1, 0, array[pushed],
+                            pushpop.weigh(push.payload, push.headers, null));
     if sender is null or (known.wanted_until > stamped and known.wanted_by is distinct from sender) then
       perform pushpop.tell(push.topic);
     end if;
@@ -220,6 +234,7 @@ declare
   stamped timestamptz;
   known   record;
   most    integer;    -- attempts of a message that does not say
+  widest  integer;
 begin
   perform pushpop.check_topic(push_many.topic), pushpop.check_attempts(fallback);
   perform pushpop.check_arrays(wanted, array[coalesce(cardinality(payloads), 0), cardinality(delays), cardinality(ready_ats),
@@ -234,8 +249,10 @@ begin
       where p.duplicate;
     return;
   end if;
-  perform pushpop.check_payload(u.payload) from unnest(payloads) u(payload)
-  where u.payload is null or octet_length(u.payload) > 16777216;
+  select max(coalesce(octet_length(u.payload), 2147483647)) into widest from unnest(payloads) u(payload);
+  if widest > 16777216 then
+    perform pushpop.check_payload(u.payload) from unnest(payloads) u(payload);
+  end if;
   if not simple then
     perform pushpop.check_push(u.delay, u.ready_at, u.headers, u.max_attempts)
     from unnest(delays, ready_ats, headers, max_attempts) u(delay, ready_at, headers, max_attempts);
@@ -275,23 +292,24 @@ begin
     select coalesce(array_agg(s.place), '{}') into places from stored s;
   end;
 
-  if simple and places is null then
+  if simple and places is null and widest <= 16384 then
     perform pushpop.enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), stamped, stamped, 1, 0, ids);
   else
     -- The places within a run follow one another: what is left of it when it is cut is known by that.
-    perform pushpop.enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), r.ready_at, stamped, r.place, 0, r.ids)
+    perform pushpop.enqueue(push_many.topic, stamped, coalesce(known.low, '-infinity'), r.ready_at, stamped, r.place, 0, r.ids, r.bytes)
     from (
-      select s.ready_at, min(s.place) as place, array_agg(s.id order by s.place) as ids
+      select s.ready_at, min(s.place) as place, array_agg(s.id order by s.place) as ids, max(s.bytes) as bytes
       from (
-        select s.id, s.place, s.ready_at, s.place - row_number() over (partition by s.ready_at order by s.place) as island
+        select s.id, s.place, s.ready_at, s.bytes,
+               s.place - row_number() over (partition by s.ready_at, s.bytes > 0 order by s.place) as island
         from (
-          select u.id, u.place::integer,
+          select u.id, u.place::integer, pushpop.weigh(u.payload, u.headers, null) as bytes,
                  coalesce(u.ready_at, stamped + coalesce(u.delay, 0) * interval '1 second') as ready_at
-          from unnest(ids, delays, ready_ats) with ordinality u(id, delay, ready_at, place)
+          from unnest(ids, payloads, headers, delays, ready_ats) with ordinality u(id, payload, headers, delay, ready_at, place)
           where places is null or u.place = any(places)
         ) s
       ) s
-      group by s.ready_at, s.island
+      group by s.ready_at, s.island, case when s.bytes > 0 then s.place end
     ) r;
   end if;
 

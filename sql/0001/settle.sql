@@ -352,7 +352,8 @@ begin
                      else m.failures end
   where m.topic = give_back.topic and m.id = give_back.id and pushpop.delivery(m.pushed_at, m.fence) = give_back.fence
     and m.state in ('p', 'd', 'r', 'f', 'e')
-  returning m.id, m.ready_at, m.pushed_at, m.place, m.fence, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead
+  returning m.id, m.ready_at, m.pushed_at, m.place, m.fence, m.attempt >= m.max_attempts and outcome in ('fail', 'expire') as dead,
+            pushpop.weigh(m.payload, m.headers, m.failures) as bytes
   into message;
   if not found then
     return false;
@@ -365,7 +366,7 @@ begin
     insert into pushpop.dead (topic, died_at, id) values (give_back.topic, moment, give_back.id);
   else
     perform pushpop.enqueue(give_back.topic, moment, null, message.ready_at, message.pushed_at, message.place, message.fence,
-                            array[message.id]);
+                            array[message.id], message.bytes);
   end if;
   return true;
 end

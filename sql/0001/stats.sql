@@ -133,12 +133,7 @@ begin
       where f.topic = n.topic and f.at between now - interval '2 seconds' and now offset 0
     ) f on true
     left join lateral (select t.* from pushpop.topics t where t.topic = n.topic offset 0) t on true
-    -- As pushpop.bottom has it, for many topics.
-    cross join lateral (
-      select coalesce(least(t.low, (
-        select b.ready_at from pushpop.behind b where b.topic = n.topic order by b.ready_at, b.entry limit 1
-      )), '-infinity') as start offset 0
-    ) s
+    cross join lateral pushpop.bottoms(n.topic) s
     cross join lateral (
       select count(*) as read, coalesce(sum(q.n) filter (where q.ready_at <= now), 0) as ready,
              coalesce(sum(q.n) filter (where q.ready_at > now), 0) as delayed,

@@ -35,13 +35,15 @@ create table pushpop.messages (
 alter table pushpop.messages alter column payload set storage external;
 
 -- The order of the queue. A row stands for up to 25 messages that were pushed together and are
--- ready at the same time; a message that nobody holds is in one run, one that is leased in none.
+-- ready at the same time; a message that nobody holds is in one run, one that is leased in none. A large message
+-- is a run of its own, so that a pop knows how many bytes it takes.
 create table pushpop.runs (
   ready_at  timestamptz not null,
   pushed_at timestamptz not null,
   place     integer not null,   -- of the first message; those of the others follow it
   n         integer not null,
   fence     integer not null default 0,  -- deliveries of each of them that are over, as in its message
+  bytes     integer not null default 0,  -- of a message that has more than 16 KiB; 0: each of them has no more
   id        uuid not null,      -- of the first message
   topic     text collate "C" not null,
   ids       uuid[] not null,

@@ -18,7 +18,7 @@ fn pop(max: usize, lease: Option<u64>) -> PopJob {
         max,
         lease: lease.map(Duration::from_secs),
         waits: true,
-        elsewhere: [].into(),
+        patient: false,
         slot: Arc::new(Slot::new()),
     }
 }
@@ -239,9 +239,9 @@ fn topics_share_a_flight_if_they_have_the_same_kind() {
     assert_eq!(next(&mut state), []);
 }
 
-/// That something may be there only because it was not looked for in a while is asked for alone: it costs less.
+/// That something may be there only because it was not looked for in a while is asked for by itself: it costs less.
 #[test]
-fn looks_by_the_clock_share_with_no_other_topic() {
+fn looks_by_the_clock_share_with_their_like() {
     let pops = |poll| {
         with(["a", "b"], |lane| {
             lane.signal = true;
@@ -250,12 +250,105 @@ fn looks_by_the_clock_share_with_no_other_topic() {
         })
     };
     assert_eq!(next(&mut pops(false)), [(Kind::Pop, 1, 1); 2]);
-    let mut state = pops(true);
-    assert_eq!(next(&mut state), [(Kind::Pop, 1, 1)]);
-    assert_eq!(next(&mut state), [(Kind::Pop, 1, 1)]);
-    let mut state = pops(false);
-    state.lanes.get_mut("b").unwrap().poll = true;
-    assert_eq!(next(&mut state), [(Kind::Pop, 1, 1)]);
+    assert_eq!(next(&mut pops(true)), [(Kind::Pop, 1, 1); 2]);
+    for (first, second) in [(false, true), (true, false)] {
+        let mut state = pops(first);
+        state.lanes.get_mut("b").unwrap().poll = second;
+        assert_eq!(next(&mut state), [(Kind::Pop, 1, 1)]);
+        assert_eq!(next(&mut state), [(Kind::Pop, 1, 1)]);
+    }
+}
+
+/// A state with a lane for a group, in which somebody waits.
+fn grouped(group: &Arc<Group>) -> State {
+    let mut state = State::default();
+    state.form(group);
+    let lane = state.lanes.get_mut(&group.key).unwrap();
+    lane.pops.push_back(pop(1, None));
+    state
+}
+
+/// Which topics the next flight asks, in their order.
+fn asks(state: &mut State, group: &Arc<Group>) -> Vec<usize> {
+    state.list(&group.key);
+    let Some(Load::Shared(parts)) = state.take(1) else { return Vec::new() };
+    let Cargo::Pop(Pops { any: Some(any), .. }) = &parts[0].cargo else { panic!("no pop of several topics") };
+    let lane = state.lanes.get_mut(&group.key).unwrap();
+    lane.flights -= 1;
+    lane.flying = None;
+    any.order()
+}
+
+#[test]
+fn a_group_asks_all_of_its_topics_or_those_of_which_it_heard() {
+    let group = Group::new(&["a", "b", "a", "c"]);
+    assert_eq!(group.topics.iter().map(|topic| &**topic).collect::<Vec<_>>(), ["a", "b", "c"]);
+    let mut state = grouped(&group);
+    assert!(asks(&mut state, &group).is_empty(), "nobody knows of anything");
+    state.lanes.get_mut(&group.key).unwrap().hot = vec![2, 0];
+    assert_eq!(asks(&mut state, &group), [2, 0]);
+    let lane = state.lanes.get_mut(&group.key).unwrap();
+    assert!(lane.hot.is_empty(), "once");
+    lane.pops.push_back(pop(1, None));
+    (lane.signal, lane.hot, lane.first) = (true, vec![0], 2);
+    assert_eq!(asks(&mut state, &group), [2, 0, 1]);
+    assert!(!state.lanes[&group.key].is_signalled());
+}
+
+#[test]
+fn what_asks_several_topics_shares_its_looks_only() {
+    let group = Group::new(&["a", "b"]);
+    for (poll, parts) in [(true, 3), (false, 1)] {
+        let mut state = grouped(&group);
+        state.form(&Group::new(&["b", "c"]));
+        let others = state.lanes.entry("t".into()).or_default();
+        others.pops.push_back(pop(1, None));
+        let keys: Vec<Arc<str>> = state.lanes.keys().cloned().collect();
+        for key in keys {
+            let lane = state.lanes.get_mut(&key).unwrap();
+            (lane.signal, lane.poll) = (true, poll);
+            if lane.pops.is_empty() {
+                lane.pops.push_back(pop(1, None));
+            }
+            state.list(&key);
+        }
+        assert_eq!(next(&mut state).len(), parts);
+    }
+}
+
+#[test]
+fn the_lane_of_a_group_is_kept_for_its_worker() {
+    let group = Group::new(&["a", "b"]);
+    let mut state = State::default();
+    state.form(&group);
+    state.form(&Group::new(&["a", "b"]));
+    assert_eq!((state.lanes.len(), state.members["a"].len()), (1, 1), "the same topics have the same lane");
+    state.form(&Group::new(&["b"]));
+    assert_eq!(state.lanes.len(), 1, "one topic is no group");
+    state.tidy(&group.key);
+    assert!(state.lanes.contains_key(&group.key));
+    let key = Arc::clone(&group.key);
+    drop(group);
+    state.tidy(&key);
+    assert!(state.lanes.is_empty() && state.members.is_empty());
+}
+
+/// Else the first one would have all, if each pop made a lane of its own.
+#[test]
+fn lanes_of_groups_begin_with_other_topics() {
+    let mut state = State::default();
+    let firsts: Vec<usize> = (0..4)
+        .map(|_| {
+            let group = Group::new(&["a", "b", "c"]);
+            state.form(&group);
+            let first = state.lanes[&group.key].first;
+            let key = Arc::clone(&group.key);
+            drop(group);
+            state.tidy(&key);
+            first
+        })
+        .collect();
+    assert_eq!(firsts, [1, 2, 0, 1]);
 }
 
 #[test]
@@ -302,26 +395,27 @@ fn whoever_is_gone_stays_behind() {
     }
 }
 
-/// Somebody who waits in several topics may be on a flight for another one.
+/// Those that wait may be on a flight, while the only one in the lane is gone.
 #[test]
 fn a_signal_that_nobody_hears_is_kept() {
     let mut state = with(["t"], |lane| {
         lane.signal = true;
+        lane.flights = 1;
         lane.pops.push_back(pop(1, None));
-        assert!(lane.pops[0].slot.board(7));
+        lane.pops[0].slot.refuse(Error::closed());
     });
     assert_eq!(next(&mut state), []);
     let lane = &state.lanes["t"];
-    assert_eq!((lane.missed, lane.unheard, lane.signal, lane.pops.len()), (true, true, false, 1));
+    assert_eq!((lane.unheard, lane.signal, lane.pops.len()), (true, false, 0));
 
     let mut state = with(["t"], |lane| {
         lane.signal = true;
         lane.pops.push_back(pop(1, None));
     });
     let lane = state.lanes.get_mut("t").unwrap();
-    let mut room = Room { kind: None, rows: 1_000, bytes: 1_000 };
+    let mut room = Room { kind: None, poll: false, rows: 1_000, bytes: 1_000 };
     assert!(lane.board(1, &mut room).is_some());
-    assert_eq!((lane.missed, lane.unheard, lane.signal), (false, false, false));
+    assert_eq!((lane.unheard, lane.signal), (false, false));
 }
 
 #[test]

@@ -457,3 +457,87 @@ fn a_look_does_not_wait_behind_pops_with_another_lease() {
         assert_eq!(waiting.join().unwrap().unwrap().unwrap().payload(), b"m");
     });
 }
+
+// Bytes.
+
+const MIB: usize = 1 << 20;
+
+fn large(name: &str, bytes: usize) -> NewMessage {
+    NewMessage::new(vec![0; bytes]).header("name", name)
+}
+
+fn names(messages: &[pushpop_pg::Message]) -> Vec<&str> {
+    messages.iter().map(|message| message.header("name").unwrap()).collect()
+}
+
+/// A flight used to bring all that was asked for, however much that was: too late for its caller, and again and again.
+#[test]
+fn a_pop_brings_no_more_bytes_than_a_flight_carries() {
+    let world = World::new();
+    let queue = world.queue();
+    let mib = [5, 5, 0, 5, 0, 16, 1, 9, 0];
+    let messages = mib.iter().enumerate().map(|(i, mib)| large(&i.to_string(), mib * MIB).max_attempts(1));
+    queue.push_many("t", messages).unwrap();
+    let parts: [&[&str]; 4] = [&["0", "1", "2", "3", "4"], &["5"], &["6", "7", "8"], &[]];
+    assert_eq!(names(&queue.topic("t").peek(1000).unwrap()), parts[0]);
+    // However it was given back.
+    for round in 0..3 {
+        let mut leases = Vec::new();
+        for part in parts {
+            let popped = queue.pop_many("t", 1000, Duration::ZERO).unwrap();
+            assert_eq!(popped.iter().map(|m| m.header("name").unwrap()).collect::<Vec<_>>(), part, "{round}");
+            leases.extend(popped);
+        }
+        for lease in leases {
+            match round {
+                0 => lease.release().unwrap(),
+                1 => lease.defer(Duration::ZERO).unwrap(),
+                _ => lease.fail("why").unwrap(),
+            }
+        }
+        // What was given back goes to its old place within a second.
+        until("all are back", || stats(&queue, "t").ready() == if round < 2 { 9 } else { 0 });
+        thread::sleep(SECOND + SECOND / 10);
+        if round == 1 {
+            // Each now at a place of its own, by the time of its settle.
+            assert_eq!(names(&queue.topic("t").peek(1000).unwrap()), parts[0]);
+        }
+    }
+    let dead = queue.topic("t").dead(1000).unwrap();
+    assert_eq!(names(&dead), ["8", "7", "6"], "newest first");
+    assert_eq!(queue.topic("t").redrive_all().unwrap(), 9);
+    assert_eq!(queue.pop_many("t", 1000, SOON).unwrap().len(), 5);
+}
+
+/// One that is alone too large for a flight comes alone.
+#[test]
+fn whatever_is_allowed_comes() {
+    let world = World::new();
+    let queue = world.open(world.builder().max_payload(20 * MIB));
+    queue.push("t", "before").unwrap();
+    queue.push("t", vec![1; 20 * MIB]).unwrap();
+    queue.push("t", "behind").unwrap();
+    let popped = || queue.pop_many("t", 1000, Duration::ZERO).unwrap();
+    let sizes: Vec<Vec<usize>> =
+        (0..4).map(|_| popped().iter().map(|lease| lease.payload().len()).collect()).collect();
+    assert_eq!(sizes, [vec![6], vec![20 * MIB], vec![6], vec![]]);
+}
+
+/// What failed often has a long history, which comes along.
+#[test]
+fn failures_count_as_bytes() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    queue.push_many("t", vec!["m"; 300]).unwrap();
+    let failures = "update pushpop.messages set failures = (
+        select jsonb_agg(jsonb_build_object('attempt', i, 'at', '2026-01-01T00:00:00.000000Z', 'error', repeat('x', 8192)))
+        from generate_series(1, 9) i)";
+    client.batch_execute(&world.sql(failures)).unwrap();
+    for lease in pop_many(&queue, "t", 1000) {
+        lease.release().unwrap();
+    }
+    thread::sleep(SECOND + SECOND / 10);
+    let popped = queue.pop_many("t", 1000, SOON).unwrap();
+    assert!((200..250).contains(&popped.len()), "{} of 75 KB each", popped.len());
+}

@@ -13,7 +13,9 @@ const PARTS: [(&str, &[&str]); 4] = [
         "consumer",
         &[
             "pop",
+            "pop_any",
             "wait_for",
+            "wait_for_any",
             "settle_many",
             "complete",
             "discard",
@@ -58,7 +60,7 @@ const PARTS: [(&str, &[&str]); 4] = [
 ];
 
 /// A call of each function that clients may call, with arguments that are good.
-const CALLS: [(&str, &str); 35] = [
+const CALLS: [(&str, &str); 37] = [
     ("push", "push('t', 'm'::bytea)"),
     ("push", "push('t', 'm')"),
     ("push", "push('t', '1'::jsonb)"),
@@ -66,7 +68,9 @@ const CALLS: [(&str, &str); 35] = [
     ("push_many", "push_many('t', array[gen_random_uuid()], array['m'])"),
     ("push_many", "push_many('t', array[gen_random_uuid()], array['1'::jsonb])"),
     ("pop", "pop('t')"),
+    ("pop_any", "pop_any(array['t'])"),
     ("wait_for", "wait_for('t')"),
+    ("wait_for_any", "wait_for_any(array['t'])"),
     ("settle_many", "settle_many('t', array[gen_random_uuid()], array['x'::bytea], array['complete'])"),
     ("complete", "complete('t', gen_random_uuid(), 'x')"),
     ("discard", "discard('t', gen_random_uuid(), 'x')"),
@@ -201,7 +205,7 @@ fn internal_functions_have_the_rights_of_their_callers() {
         "reclaim('t', now(), 1)",
         "note_look('t', now())",
         "lock_topic('t')",
-        "take_runs('t', now(), now(), 1)",
+        "take_runs('t', now(), now(), 1, 1)",
         "settle_single('t', gen_random_uuid(), decode(repeat('00', 26), 'hex'), 'complete', now(), 1, true)",
         "settle_done('t', array[gen_random_uuid()], array['x'::bytea], 'complete', now(), 1, true)",
         "tidy_lease('t', 'x', 1)",

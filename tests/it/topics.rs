@@ -81,6 +81,28 @@ fn pushes_pops_and_settles_for_many_topics_share_commits() {
     assert!(settled < 24, "24 settles took {settled} transactions");
 }
 
+/// Together these have more bytes than a flight carries: whoever is left behind is not told that there is nothing.
+#[test]
+fn flights_that_are_full_leave_nobody_empty_handed() {
+    let world = World::new();
+    let queue = world.queue();
+    let payload = vec![7; 3 << 20];
+    for i in 0..24 {
+        queue.push(&format!("t{i}"), payload.clone()).unwrap();
+    }
+    for (topic, lease) in pile_up(&world, |topic| queue.try_pop(topic).unwrap()) {
+        let lease = lease.unwrap_or_else(|| panic!("nothing in {topic}"));
+        assert_eq!((lease.topic(), lease.payload() == payload), (&*topic, true));
+        lease.release().unwrap();
+    }
+    let each: Vec<String> = (0..24).map(|i| format!("t{i}")).collect();
+    let each: Vec<&str> = each.iter().map(String::as_str).collect();
+    let popped = pile_up(&world, |_| {
+        queue.pop_any(&each, Duration::ZERO).unwrap().map(|lease| lease.complete().unwrap())
+    });
+    assert!(popped.iter().all(|(_, popped)| popped.is_some()));
+}
+
 /// One of the topics has a message that the server refuses: by a trigger, as nothing that passes the
 /// limits is refused otherwise.
 #[test]

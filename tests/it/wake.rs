@@ -486,3 +486,61 @@ fn nobody_fails_for_a_full_queue_of_notifications() {
         client.query_one("select pg_notification_queue_usage()", &[]).unwrap().get::<_, f64>(0) < 0.5
     });
 }
+
+/// Each topic used to cost a query of its own.
+#[test]
+fn all_that_wait_cost_one_look_a_poll_interval() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    let counted = "create sequence pushpop.looks;
+        alter function pushpop.wait_for_any(text[], uuid, double precision) rename to looked;
+        create function pushpop.wait_for_any(topics text[], waiter uuid, within double precision)
+        returns table (place integer, ready boolean, due_in double precision, noted boolean)
+        language plpgsql as $$
+        begin
+          perform nextval('pushpop.looks');
+          return query select l.* from pushpop.looked(topics, waiter, within) l;
+        end $$";
+    client.batch_execute(&world.sql(counted)).unwrap();
+    let many: Vec<String> = (0..700).map(|i| format!("group {i}")).collect();
+    let many: Vec<&str> = many.iter().map(String::as_str).collect();
+    thread::scope(|scope| {
+        for i in 0..40 {
+            let queue = &queue;
+            scope.spawn(move || queue.pop(&format!("own {i}")).unwrap_err());
+        }
+        scope.spawn(|| queue.pop_any(&many, Duration::MAX).unwrap_err());
+        let wanted = world.sql("select count(*) from pushpop.topics where wanted_until > clock_timestamp()");
+        until("all are known", || client.query_one(&wanted, &[]).unwrap().get::<_, i64>(0) == 740);
+        thread::sleep(Duration::from_secs(2));
+        let mut looks = || -> i64 {
+            client.query_one(&world.sql("select last_value from pushpop.looks"), &[]).unwrap().get(0)
+        };
+        let (before, begun) = (looks(), Instant::now());
+        thread::sleep(Duration::from_secs(5));
+        let (looks, seconds) = (looks() - before, begun.elapsed().as_secs_f64());
+        assert!(looks >= 1, "nobody looked");
+        assert!((looks as f64) <= seconds * 2.0 + 2.0, "{looks} looks in {seconds:.1} s");
+        queue.close();
+    });
+}
+
+/// Should the watermark ever be wrong, also those find the message that do nothing but wait.
+#[test]
+fn whoever_only_waits_looks_at_everything_once_a_minute() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    queue.push("t", "m").unwrap();
+    let mut ready = |swept: &str| -> bool {
+        let hide = format!(
+            "insert into pushpop.topics as t (topic, low, swept_at) values ('t', clock_timestamp() + '1 hour', clock_timestamp() - interval '{swept}')
+             on conflict (topic) do update set low = excluded.low, swept_at = excluded.swept_at, wanted_until = '-infinity'"
+        );
+        client.batch_execute(&world.sql(&hide)).unwrap();
+        client.query_one(&world.sql("select ready from pushpop.wait_for('t')"), &[]).unwrap().get(0)
+    };
+    assert!(!ready("10 seconds"), "it is hidden");
+    assert!(ready("70 seconds"));
+}

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use postgres::Client;
 use pushpop_pg::{
     Backoff, Ended, ErrorKind, Flight, Handled, LeaseLost, NewMessage, Observer, Outcome, Queue, State,
     Stuck, Worker,
@@ -760,6 +761,44 @@ fn a_worker_of_several_topics_serves_all() {
         assert_eq!(running.join().unwrap().unfinished(), 0);
     });
     assert!(topics.iter().all(|topic| stats(&queue, topic).leased() == 0));
+}
+
+/// Each pop used to ask the topics one after the other.
+#[test]
+fn a_worker_of_a_thousand_topics_serves_all_of_them() {
+    let world = World::new();
+    let queue = world.queue();
+    let mut client = world.client();
+    let topics: Vec<String> = (0..1_000).map(|i| format!("t{i}")).collect();
+    let topics: Vec<&str> = topics.iter().map(String::as_str).collect();
+    let push = |client: &mut Client, each: i32| {
+        let sql = world.sql(
+            "select from generate_series(0, 999) i, generate_series(1, $1) j, pushpop.push('t' || i, j::text)",
+        );
+        client.execute(&sql, &[&each]).unwrap();
+    };
+    push(&mut client, 2);
+    queue.push_many("t500", vec!["m"; 1_000]).unwrap();
+    let seen = Mutex::new(HashMap::new());
+    let handled = || seen.lock().unwrap().values().sum::<usize>();
+    let worker = Worker::new(&queue).handle_any(&topics, 8, |job| {
+        *seen.lock().unwrap().entry(job.topic().to_owned()).or_insert(0) += 1;
+        Ok(())
+    });
+    thread::scope(|scope| {
+        let running = scope.spawn(|| worker.run().unwrap());
+        until("all are handled", || handled() == 3_000);
+        // It waits now, and is told.
+        thread::sleep(SECOND * 2);
+        push(&mut client, 1);
+        until("these, too", || handled() == 4_000);
+        worker.stopper().stop();
+        assert_eq!(running.join().unwrap().unfinished(), 0);
+    });
+    let seen = seen.lock().unwrap();
+    assert!(
+        seen.len() == 1_000 && seen.iter().all(|(topic, n)| *n == if topic == "t500" { 1_003 } else { 3 })
+    );
 }
 
 /// The settles and pops of several handlers travel together: what keeps one of them from being settled is no matter of the

@@ -114,6 +114,8 @@ scenarios! {
     deadlines
     called_off
     several_topics
+    workers_of_several_topics
+    large_messages
     overdue_flights
     two_processes
     a_delayed_push_during_a_flight
@@ -160,8 +162,8 @@ mod refuted {
         what_came_for_nobody_is_dropped by deadlines;
         an_overdue_flight_is_not_written_off by overdue_flights;
         a_flight_that_is_written_off_keeps_its_connection by overdue_flights;
-        a_pop_is_forgotten_where_it_waits_besides by several_topics;
-        a_pop_leaves_a_lane_whose_flight_it_cannot_take by several_topics;
+        a_group_is_not_woken by several_topics;
+        those_that_were_not_asked_are_told_that_there_is_nothing by large_messages;
         a_signal_that_finds_nobody_is_dropped by a_push_while_all_are_on_flights;
         a_signal_that_found_nobody_is_forgotten by a_push_while_all_are_on_flights;
         a_look_that_falls_due_during_a_flight_is_dropped by a_delayed_push_during_a_flight;
@@ -169,7 +171,7 @@ mod refuted {
         a_lane_is_asked_once by piled_up_behind_calls_that_are_over;
         what_is_given_back_wakes_nobody by what_is_given_back;
         those_that_wait_look_again_and_again by waiting_costs_little;
-        one_that_is_elsewhere_makes_the_others_look_again by waiting_costs_little;
+        a_calm_group_is_not_told_of_delays by workers_of_several_topics;
         listening_begins_without_a_look by two_processes;
         nobody_hears_a_notification by two_processes;
         a_push_stays_queued_whose_caller_was_told_that_it_failed by threads_that_cannot_be_started;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use shuttle::thread::JoinHandle;
 
 use crate::world::clock::{Instant, may_leap};
-use crate::world::server::{Course, Fate, Found, POISON, Server};
+use crate::world::server::{Course, Fate, Found, LARGE, POISON, Server};
 use crate::world::sync::Arc;
 use crate::world::thread;
 use crate::world::time::Duration;
@@ -18,7 +18,7 @@ use super::builder;
 use super::calls::{Settle, Verb, Verdict};
 use super::engine::{Settings, wait};
 use super::error::{ErrorKind, Result};
-use super::lane::{SettleJob, TurnJob};
+use super::lane::{Group, SettleJob, TurnJob};
 use super::lease::Lease;
 use super::message::NewMessage;
 use super::observer::{Abandoned, Flight, Observer};
@@ -507,7 +507,8 @@ pub(crate) fn called_off() {
     for n in 0..2 {
         let waiting = Arc::clone(&stopping);
         callers.push(market.caller(move |market| {
-            let slot = market.queue.ask_any(one_of(&[&["a"][..], &["a", "b"]])).unwrap();
+            let group = Group::new(one_of(&[&["a"][..], &["a", "b"]]));
+            let slot = market.queue.ask_any(&group, true, even()).unwrap();
             match waiting.wait(&slot) {
                 Ok(grants) => drop(market.got(market.queue.leases(grants))),
                 Err(e) => assert_eq!(e.kind(), ErrorKind::Closed),
@@ -561,6 +562,79 @@ pub(crate) fn several_topics() {
     }));
     market.close_up(callers);
     soon(Duration::from_secs(2));
+}
+
+/// Workers that wait in two topics for as long as it takes, and know what they were told: pushes by this process and by
+/// another one. Nobody looks again unless it is told to.
+pub(crate) fn workers_of_several_topics() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, Settings { listens: true, ..settings() });
+    let other = Market { queue: open(&server, settings()), ..market.clone() };
+    let (mut callers, group) = (Vec::new(), Group::new(&["a", "b"]));
+    for _ in 0..2 {
+        let group = Arc::clone(&group);
+        callers.push(market.caller(move |market| {
+            thread::sleep(one_of(&[ms(0), ms(0), ms(90)]));
+            for _ in 0..2 {
+                let slot = market.queue.ask_any(&group, true, true).unwrap();
+                let Waited::Done(Ok(grants)) = slot.wait(None) else { panic!("there is no deadline") };
+                for lease in market.got(market.queue.leases(grants)) {
+                    thread::sleep(one_of(&[ms(0), ms(1), ms(30)]));
+                    market.complete(&lease);
+                }
+            }
+        }));
+    }
+    if even() {
+        // One that is stopped. What it gets, it pushes again.
+        callers.push(market.caller(move |market| {
+            let slot = market.queue.ask_any(&group, true, true).unwrap();
+            if let Waited::Done(Ok(grants)) = slot.wait(Some(Instant::now() + one_of(&[ms(1), ms(26), ms(60)]))) {
+                for lease in market.got(market.queue.leases(grants)) {
+                    market.complete(&lease);
+                    assert!(market.push(lease.topic(), &NewMessage::new("y")).unwrap());
+                }
+            }
+        }));
+    }
+    for there in [&market, &other] {
+        callers.push(there.caller(|there| {
+            for _ in 0..2 {
+                thread::sleep(one_of(&[ms(0), ms(1), ms(26), ms(60)]));
+                let message = NewMessage::new("x");
+                let message = if random(4) == 0 { message.delay(ms(5)) } else { message };
+                assert!(there.push(one_of(&["a", "b"]), &message).unwrap());
+            }
+        }));
+    }
+    drop(other);
+    market.close_up(callers);
+    soon(Duration::from_secs(2));
+}
+
+/// Messages of which one fills a flight: those that share it are served by the next ones, and nobody is told that there
+/// is nothing.
+pub(crate) fn large_messages() {
+    let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
+    let market = Market::open(&server, settings());
+    for topic in ["a", "a", "b", "b"] {
+        assert!(market.push(topic, &NewMessage::new(one_of(&[LARGE, b"small"]))).unwrap());
+    }
+    let mut callers = Vec::new();
+    for topic in ["a", "a", "b", "b"] {
+        callers.push(market.caller(move |market| {
+            let popped = match random(4) {
+                0 => market.queue.pop_any(&[topic, "c"], LONG).unwrap(),
+                1 => market.queue.pop_any(&[topic, "c"], Duration::ZERO).unwrap(),
+                2 => market.queue.pop_timeout(topic, LONG).unwrap(),
+                _ => market.queue.try_pop(topic).unwrap(),
+            };
+            let lease = popped.unwrap_or_else(|| panic!("there is one for each"));
+            market.complete(&market.got(vec![lease])[0]);
+        }));
+    }
+    market.close_up(callers);
+    soon(Duration::from_secs(1));
 }
 
 /// The first statements, or their answers, take longer than a call may take, or than a flight is alone. Others take
@@ -670,27 +744,25 @@ pub(crate) fn piled_up_behind_calls_that_are_over() {
     soon(ms(100));
 }
 
-/// A push for which the lane has only one that waits in another lane too, and is on a flight there, while the other one
-/// is on a flight that left before. The first gets something there.
+/// A push that comes while one that waits is on a flight, which may have asked before, and the only other one has waited
+/// for too long.
 pub(crate) fn a_push_while_all_are_on_flights() {
     let server = Server::new(true, |_| Course::done(on_the_way(), on_the_way()));
     let market = Market::open(&server, Settings { pool_size: 3, ..settings() });
-    let mut callers = vec![market.caller(|market| consume(market, "b", 1, true))];
+    let mut callers = vec![market.caller(|market| consume(market, "a", 1, true))];
     callers.push(market.caller(|market| {
-        let lease = market.queue.pop_any(&["a", "b"], LONG).unwrap().unwrap();
-        let lease = market.got(vec![lease]).remove(0);
-        market.complete(&lease);
-        // It was to be the other's.
-        if lease.topic() == "b" {
-            assert!(market.push("b", &NewMessage::new("x")).unwrap());
+        thread::sleep(one_of(&[ms(0), ms(1)]));
+        let popped = market.queue.pop_timeout("a", one_of(&[ms(1), ms(20), ms(26)])).unwrap();
+        for lease in market.got(popped.into_iter().collect()) {
+            // It was to be the other's.
+            market.complete(&lease);
+            assert!(market.push("a", &NewMessage::new("x")).unwrap());
         }
     }));
-    for topic in ["a", "b"] {
-        callers.push(market.caller(move |market| {
-            thread::sleep(one_of(&[ms(0), ms(1), ms(25), ms(26), ms(51)]));
-            assert!(market.push(topic, &NewMessage::new("x")).unwrap());
-        }));
-    }
+    callers.push(market.caller(move |market| {
+        thread::sleep(one_of(&[ms(0), ms(1), ms(25), ms(26), ms(51)]));
+        assert!(market.push("a", &NewMessage::new("x")).unwrap());
+    }));
     market.close_up(callers);
     soon(Duration::from_secs(1));
 }

@@ -75,8 +75,8 @@ pub(crate) const VARIANTS: &[Variant] = &[
     Variant {
         name: "what_came_for_nobody_is_dropped",
         file: "flight",
-        right: "self.engine.abandon(topic, unwanted.unwrap_or_default())",
-        wrong: "{ drop(unwanted); None }",
+        right: "self.engine.abandon(unwanted.unwrap_or_default())",
+        wrong: "{ drop(unwanted); Vec::new() }",
     },
     Variant {
         name: "an_overdue_flight_is_not_written_off",
@@ -91,16 +91,16 @@ pub(crate) const VARIANTS: &[Variant] = &[
         wrong: "",
     },
     Variant {
-        name: "a_pop_is_forgotten_where_it_waits_besides",
-        file: "crew",
-        right: "lane.signal = true;\n                lane.poll = false;\n                state.list(&topic);",
+        name: "a_group_is_not_woken",
+        file: "engine",
+        right: "self.wake_lane(state, &key, Some(place), ready_in);",
         wrong: "",
     },
     Variant {
-        name: "a_pop_leaves_a_lane_whose_flight_it_cannot_take",
-        file: "lane",
-        right: "self.pops.drain(..).partition::<VecDeque<_>, _>(|job| job.slot.is_queued())",
-        wrong: "(std::mem::take(&mut self.pops), VecDeque::new())",
+        name: "those_that_were_not_asked_are_told_that_there_is_nothing",
+        file: "flight",
+        right: "outcome.again = true;\n            return true;",
+        wrong: "return self.hand_out(topic, jobs, Some(Vec::new()), outcome);",
     },
     Variant {
         name: "a_signal_that_finds_nobody_is_dropped",
@@ -145,10 +145,10 @@ pub(crate) const VARIANTS: &[Variant] = &[
         wrong: "look_in.min(Duration::from_millis(2))",
     },
     Variant {
-        name: "one_that_is_elsewhere_makes_the_others_look_again",
-        file: "lane",
-        right: "self.missed |= !away.is_empty();",
-        wrong: "self.missed |= !away.is_empty();\n        self.unheard |= !away.is_empty();",
+        name: "a_calm_group_is_not_told_of_delays",
+        file: "flight",
+        right: "if part.outcome.again {\n                    continue;\n                }",
+        wrong: "if part.outcome.again || part.outcome.calm {\n                    continue;\n                }",
     },
     Variant {
         name: "listening_begins_without_a_look",

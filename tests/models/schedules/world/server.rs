@@ -14,6 +14,9 @@ use super::uuid::Uuid;
 /// A payload with which every statement fails.
 pub(crate) const POISON: &[u8] = b"poison";
 
+/// A payload that fills a flight.
+pub(crate) const LARGE: &[u8] = b"large";
+
 /// For how long the server knows that somebody waits.
 const WANTED: Duration = Duration::from_secs(30);
 
@@ -276,9 +279,14 @@ impl Store {
                 let (topics, asked) = (params.list(), params.list());
                 self.pop_each(topics.into_iter().map(text), &asked)
             }
+            "pop_any" => {
+                let (topics, max) = (params.list(), int(&params.next()));
+                self.pop_any(topics.into_iter().map(text), max)
+            }
             "wait_for" => {
-                let (topic, waiter) = (params.text(), id(&params.next()));
-                vec![self.wait_for(&topic, waiter)]
+                let (topics, waiter) = (params.list(), id(&params.next()));
+                let topics = topics.into_iter().map(text);
+                topics.zip(1..).map(|(topic, place)| self.wait_for(&topic, waiter, place)).collect()
             }
             "settle_many" => {
                 let topic = params.text();
@@ -339,8 +347,30 @@ impl Store {
     }
 
     fn pop_each(&mut self, topics: impl Iterator<Item = String>, asked: &[Value]) -> Vec<Row> {
-        let each = topics.zip(asked).zip(1..);
-        each.flat_map(|((topic, max), part)| self.pop(&topic, int(max), part)).collect()
+        let mut rows = Vec::new();
+        for ((topic, max), part) in topics.zip(asked).zip(1..).filter(|((_, max), _)| int(max) > 0) {
+            if rows.iter().any(is_large) {
+                rows.push(not_asked(part));
+                break;
+            }
+            rows.extend(self.pop(&topic, int(max), part));
+        }
+        rows
+    }
+
+    fn pop_any(&mut self, topics: impl Iterator<Item = String>, max: usize) -> Vec<Row> {
+        let mut rows = Vec::new();
+        for (topic, part) in topics.zip(1..) {
+            if rows.iter().any(is_large) {
+                rows.push(not_asked(part));
+                break;
+            }
+            rows.extend(self.pop(&topic, max - rows.len(), part));
+            if rows.len() == max {
+                break;
+            }
+        }
+        rows
     }
 
     fn pop(&mut self, name: &str, max: usize, part: i64) -> Vec<Row> {
@@ -353,6 +383,9 @@ impl Store {
             .filter(|message| message.state == State::Ready && message.ready_at <= now)
             .collect();
         ready.sort_by_key(|message| message.ready_at);
+        // Nothing goes with a large one, and nothing comes behind it.
+        let large = ready.iter().position(|message| message.payload == LARGE);
+        let max = max.min(large.map_or(max, |first| first.max(1)));
         let rows = ready.into_iter().take(max).map(|message| {
             delivery += 1;
             message.state = State::Leased(delivery);
@@ -378,7 +411,7 @@ impl Store {
         rows
     }
 
-    fn wait_for(&mut self, name: &str, waiter: Option<Uuid>) -> Row {
+    fn wait_for(&mut self, name: &str, waiter: Option<Uuid>, place: i64) -> Row {
         let now = Instant::now();
         let topic = self.topic(name);
         let others = topic.wanted.is_some_and(|(until, by)| until >= now && by != waiter);
@@ -393,7 +426,12 @@ impl Store {
         }
         let due =
             due.map_or(Value::Null, |due| Value::Float(due.saturating_duration_since(now).as_secs_f64()));
-        Row(vec![("ready", Value::Bool(ready)), ("due_in", due), ("noted", Value::Bool(true))])
+        Row(vec![
+            ("place", Value::Int(place)),
+            ("ready", Value::Bool(ready)),
+            ("due_in", due),
+            ("noted", Value::Bool(true)),
+        ])
     }
 
     /// What was not settled, and why.
@@ -430,6 +468,20 @@ impl Store {
         }
         rows
     }
+}
+
+fn is_large(row: &Row) -> bool {
+    row.get::<_, Option<Vec<u8>>>("payload").is_some_and(|payload| payload == LARGE)
+}
+
+/// The first topic that was not asked.
+fn not_asked(part: i64) -> Row {
+    Row(vec![
+        ("id", Value::Null),
+        ("payload", Value::Null),
+        ("part", Value::Int(part)),
+        ("place", Value::Null),
+    ])
 }
 
 /// The places of duplicates, from one on.
