@@ -12,6 +12,7 @@ use crate::limits;
 use crate::link::Call;
 use crate::message::Message;
 use crate::queue::Queue;
+use crate::text::Raw;
 
 /// One topic, as its operator sees it: figures, a look at what waits, its settings, dead letters, a purge.
 ///
@@ -133,20 +134,23 @@ impl Queue {
     ///
     /// Whatever is wrong with the connection.
     pub fn topics(&self) -> Result<Vec<Stats>> {
-        let mut topics: Vec<Stats> = Vec::new();
+        let (mut topics, mut after): (Vec<Stats>, Raw) = Default::default();
         loop {
-            let after = topics.last().map_or_else(String::new, |last| last.topic.clone());
-            let more: Vec<Stats> = self
+            let (more, last) = self
                 .call(move |engine, link, deadline| {
                     let seconds = STEP.min(engine.settings.operation_timeout / 4).as_secs_f64();
                     let rows = link.run(deadline, &engine.calls.topics, &[&after, &seconds])?;
-                    rows.iter().map(|row| Stats::read(row).map_err(Error::from)).collect()
+                    let more: Result<Vec<Stats>> = rows.iter().map(|row| Ok(Stats::read(row)?)).collect();
+                    // As the server has it: a name that is shown with a replacement is another one.
+                    let last: Option<Raw> = rows.last().map(|row| row.try_get(0)).transpose()?;
+                    Ok((more?, last))
                 })
                 .map_err(|e| e.during("topics", None))?;
-            if more.is_empty() {
-                return Ok(topics);
-            }
             topics.extend(more);
+            match last {
+                Some(last) => after = last,
+                None => return Ok(topics),
+            }
         }
     }
 }

@@ -890,7 +890,7 @@ begin
     exit when sound = n;
     perform "pushpop".set_aside(pop.topic, taken.ids, taken.fences, moment);
     exit when sound > 0;
-    taken := "pushpop".take_runs(pop.topic, start, moment, max);
+    taken := "pushpop".take_runs(pop.topic, start, moment, max, bytes);
     exit when taken.ids is null;
   end loop;
   if current_setting('synchronous_commit') = 'off' then
@@ -2097,7 +2097,8 @@ CREATE FUNCTION pushpop.tell(topic text) RETURNS void
   select case
     when coalesce(pg_catalog.current_setting('pushpop_pg.notify', true), '') <> 'off'
       and pg_catalog.pg_notification_queue_usage() < 0.9
-    then pg_catalog.pg_notify('pushpop', topic)
+    then pg_catalog.pg_notify('pushpop',
+      case when pg_catalog.getdatabaseencoding() = 'SQL_ASCII' and topic ~ '[^ -~]' then '' else topic end)
   end
 $$;
 CREATE FUNCTION pushpop.tidy_lease(topic text, key bytea, used integer) RETURNS void

@@ -152,7 +152,7 @@ begin
     exit when sound = n;
     perform pushpop.set_aside(pop.topic, taken.ids, taken.fences, moment);
     exit when sound > 0;
-    taken := pushpop.take_runs(pop.topic, start, moment, max);
+    taken := pushpop.take_runs(pop.topic, start, moment, max, bytes);
     exit when taken.ids is null;
   end loop;
   if current_setting('synchronous_commit') = 'off' then

@@ -137,10 +137,13 @@ impl Schema {
             (false, false) => return Ok(None),
             (true, true) => {}
             (has_versions, _) => {
-                let parts = ["the table migrations", "the function schema_version"];
-                let (has, lacks) = if has_versions { (parts[0], parts[1]) } else { (parts[1], parts[0]) };
+                let lacks = if has_versions {
+                    "has the table migrations, but not the function schema_version"
+                } else {
+                    "has the function schema_version, but not the table migrations"
+                };
                 return schema(format!(
-                    "schema {:?} has {has}, but not {lacks}: it is not whole, or belongs to something else",
+                    "schema {:?} {lacks}: it is not whole, or belongs to something else",
                     self.name
                 ));
             }

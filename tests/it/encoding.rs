@@ -210,3 +210,24 @@ fn bytes_that_are_no_text_block_nothing() {
     let dead = queue.topic("t").dead(1).unwrap();
     assert!(dead[0].last_error().unwrap().starts_with("x\u{2192}"));
 }
+/// The names of others' topics, in the notifications, do not end the connection that listens.
+#[test]
+fn a_topic_that_is_no_text_does_not_deafen() {
+    let encoded = Encoded::new("SQL_ASCII");
+    let world = encoded.world();
+    let queue = world.open(world.builder().poll_interval(crate::world::SOON * 2));
+    let mut client = world.client();
+    client.batch_execute("set client_encoding = sql_ascii").unwrap();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| pop(&queue, "t").complete().unwrap());
+        crate::world::until_listening(world, &mut world.client());
+        let pid = "select pid from pg_stat_activity where application_name = $1 and query ilike 'listen%'";
+        let mut looks = world.client();
+        let mut pid = || looks.query_opt(pid, &[&world.schema]).unwrap().map(|row| row.get::<_, i32>(0));
+        let listens = pid();
+        client.batch_execute(&world.sql("select pushpop.push(E'b\\xe9d', 'm')")).unwrap();
+        client.batch_execute(&world.sql("select pushpop.push('t', 'm')")).unwrap();
+        waiting.join().unwrap();
+        assert_eq!(pid(), listens);
+    });
+}

@@ -178,6 +178,9 @@ const PLAIN: &[(&str, &str)] = &[
     ("select pushpop.fail('d', p.id, p.token, 'again') from pushpop.pop('d') p", ""),
     ("select jsonb_array_length(failures) from pushpop.dead_letters('d')", "3"),
     ("select pushpop.purge_dead('d')", "1"),
+    ("select pushed from pushpop.push('d', 'm', '00000000-0000-0000-0000-0000000000dd')", "00000000-0000-0000-0000-0000000000dd"),
+    ("select place, ready from pushpop.wait_for_any(array['none', 'd']) where ready", "2|t"),
+    ("select part, id from pushpop.pop_any(array['none', 'd'])", "2|00000000-0000-0000-0000-0000000000dd"),
     ("select string_agg(n, ',') from pushpop.topic_names() n where n in ('d', 'p')", "d,p"),
 ];
 

@@ -12,6 +12,8 @@ mod outside;
 pub(crate) mod scenarios;
 #[path = "schema.rs"]
 mod schema;
+#[path = "text.rs"]
+mod text;
 
 pub(crate) use lease::Lease;
 

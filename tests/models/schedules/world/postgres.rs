@@ -69,6 +69,7 @@ pub(crate) mod types {
         String, text => Value::Text(text.clone());
         Vec<u8>, bytes => Value::Bytes(bytes.clone());
         &[u8], bytes => Value::Bytes(bytes.to_vec());
+        std::borrow::Cow<'_, str>, text => Value::Text(text.to_string());
         Uuid, id => Value::Id(*id);
         OffsetDateTime, time => Value::Time(*time);
     }
@@ -114,7 +115,15 @@ from_sql! {
     Vec<u8>: Value::Bytes(bytes) => Some(bytes.clone());
     Uuid: Value::Id(id) => Some(*id);
     OffsetDateTime: Value::Time(time) => Some(*time);
-    Vec<String>: Value::Array(values) => values.iter().map(String::read).collect();
+}
+
+impl<'a, T: FromSql<'a>> FromSql<'a> for Vec<T> {
+    fn read(value: &'a Value) -> Option<Self> {
+        match value {
+            Value::Array(values) => values.iter().map(T::read).collect(),
+            _ => None,
+        }
+    }
 }
 
 impl<'a, T: FromSql<'a>> FromSql<'a> for Option<T> {
