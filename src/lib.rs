@@ -425,6 +425,7 @@ mod span;
 mod stopping;
 mod task;
 mod text;
+mod times;
 #[cfg(feature = "rustls")]
 mod tls;
 mod topic;

@@ -14,6 +14,8 @@ pub(crate) mod scenarios;
 mod schema;
 #[path = "text.rs"]
 mod text;
+#[path = "times.rs"]
+mod times;
 
 pub(crate) use lease::Lease;
 

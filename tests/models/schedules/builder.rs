@@ -3,6 +3,7 @@
 use crate::world::server::Server;
 use crate::world::sync::Arc;
 use crate::world::thread;
+use crate::world::time::Duration;
 
 use super::calls::Calls;
 use super::engine::{Engine, Settings};
@@ -23,7 +24,8 @@ impl Builder {
 
 /// The end of `Builder::open_queue`.
 pub(crate) fn open(server: &Arc<Server>, settings: Settings, observer: Arc<dyn Observer>) -> Result<Queue> {
-    let links = Links { route: Arc::new(Route(Arc::clone(server))) };
+    let route = Route { server: Arc::clone(server), trust: Duration::from_secs(30) };
+    let links = Links { route: Arc::new(route) };
     let engine = Engine::new(settings, Calls::new(&Schema), links, observer)?;
     let keeper = Arc::clone(&engine);
     let handle = Arc::new(Handle { engine });

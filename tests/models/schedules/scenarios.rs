@@ -16,7 +16,7 @@ use crate::world::{one_of, random};
 
 use super::builder;
 use super::calls::{Settle, Verb, Verdict};
-use super::engine::{Settings, wait};
+use super::engine::Settings;
 use super::error::{ErrorKind, Result};
 use super::lane::{Group, SettleJob, TurnJob};
 use super::lease::Lease;
@@ -303,7 +303,8 @@ fn turn(market: &Market, lease: &Lease) -> Arc<Slot<Vec<super::calls::Grant>>> {
     };
     let until = market.queue.handle.deadline();
     let sent = market.queue.engine().turn(lease.topic(), job);
-    let answer = market.settles(lease, &Verb::Complete, || sent.and_then(|()| wait(&settled, Some(until))));
+    let wait = || sent.and_then(|()| market.queue.engine().wait(&settled, Some(until)));
+    let answer = market.settles(lease, &Verb::Complete, wait);
     if answer.is_err() {
         market.complete(lease);
     }
@@ -589,7 +590,9 @@ pub(crate) fn workers_of_several_topics() {
         // One that is stopped. What it gets, it pushes again.
         callers.push(market.caller(move |market| {
             let slot = market.queue.ask_any(&group, true, true).unwrap();
-            if let Waited::Done(Ok(grants)) = slot.wait(Some(Instant::now() + one_of(&[ms(1), ms(26), ms(60)]))) {
+            if let Waited::Done(Ok(grants)) =
+                slot.wait(Some(Instant::now() + one_of(&[ms(1), ms(26), ms(60)])))
+            {
                 for lease in market.got(market.queue.leases(grants)) {
                     market.complete(&lease);
                     assert!(market.push(lease.topic(), &NewMessage::new("y")).unwrap());

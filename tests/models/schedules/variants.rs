@@ -100,7 +100,7 @@ pub(crate) const VARIANTS: &[Variant] = &[
         name: "those_that_were_not_asked_are_told_that_there_is_nothing",
         file: "flight",
         right: "outcome.again = true;\n            return true;",
-        wrong: "return self.hand_out(topic, jobs, Some(Vec::new()), outcome);",
+        wrong: "return self.hand_out(jobs, Some(Vec::new()), outcome);",
     },
     Variant {
         name: "a_signal_that_finds_nobody_is_dropped",

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::time::Duration;
 
 use ::time::OffsetDateTime;
 
@@ -166,6 +165,17 @@ impl Row {
 #[derive(Debug)]
 pub(crate) struct Error(pub(crate) Option<DbError>);
 
+pub(crate) mod error {
+    //! What the server answers.
+
+    pub(crate) use super::DbError;
+
+    #[derive(PartialEq)]
+    pub(crate) enum Severity {
+        Error,
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct DbError(pub(crate) &'static str);
 
@@ -188,6 +198,15 @@ impl DbError {
 
     pub(crate) fn severity(&self) -> &'static str {
         "ERROR"
+    }
+
+    #[allow(clippy::unnecessary_wraps, reason = "as the driver has it")]
+    pub(crate) fn parsed_severity(&self) -> Option<error::Severity> {
+        Some(error::Severity::Error)
+    }
+
+    pub(crate) fn routine(&self) -> Option<&'static str> {
+        None
     }
 
     pub(crate) fn message(&self) -> &'static str {
@@ -237,11 +256,6 @@ impl Client {
 
     pub(crate) fn notifications(&mut self) -> Notifications<'_> {
         Notifications(self)
-    }
-
-    #[allow(clippy::unnecessary_wraps, reason = "as the driver has it")]
-    pub(crate) fn is_valid(&mut self, _: Duration) -> Result<(), Error> {
-        Ok(())
     }
 }
 
