@@ -19,7 +19,7 @@ use crate::journal::Journal;
 mod rules;
 
 /// Of the time no more than one part in so many is spent with audits, as they grow with the messages that are stored.
-const SHARE: u32 = 10;
+const SHARE: u32 = 5;
 
 /// How many messages that broke a rule are shown with their rows.
 const SHOWN: usize = 3;
