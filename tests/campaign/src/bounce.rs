@@ -19,14 +19,16 @@ use crate::plan::{BOUNCE, BOUNCE_LEASE};
 use crate::worker::Worker;
 
 /// Threads with the library and in SQL.
-const THREADS: u64 = 6;
-const SLOW: u64 = 2;
+const THREADS: u64 = 4;
+const SLOW: u64 = 4;
 
 /// The longest pause between two rounds of a thread, and the longest time until a transaction commits.
 const PAUSE: Duration = Duration::from_millis(20);
 const LATE: Duration = Duration::from_millis(30);
 
 const POP: &str = "select id, payload, token, lease_until, attempt, fence from pushpop.pop($1, 1, $2)";
+
+const BACK: [&str; 2] = ["select pushpop.release($1, $2, $3)", "select pushpop.defer($1, $2, $3, 0)"];
 
 pub(crate) fn spawn<'scope>(scope: &'scope Scope<'scope, '_>, worker: &'scope Worker<'scope>) {
     for n in 0..THREADS + SLOW {
@@ -51,9 +53,9 @@ impl Worker<'_> {
         for lease in self.popped(self.queue.pop_many(BOUNCE, max, Duration::from_secs(1))) {
             match chance.below(100) {
                 _ if calm => self.complete(lease),
-                0..70 => self.until_settled(lease, "release", Lease::release),
-                70..85 => self.until_settled(lease, "defer", |lease| lease.defer(Duration::ZERO)),
-                85..97 => self.until_settled(lease, "fail", |lease| lease.fail("as it was meant to")),
+                0..85 => self.until_settled(lease, "release", Lease::release),
+                85..90 => self.until_settled(lease, "defer", |lease| lease.defer(Duration::ZERO)),
+                90..97 => self.until_settled(lease, "fail", |lease| lease.fail("as it was meant to")),
                 _ => drop(lease),
             }
         }
@@ -64,7 +66,7 @@ impl Worker<'_> {
         }
     }
 
-    /// A pop, and a release that is long on its way.
+    /// A pop, and a release or a deferral that is long on its way.
     fn bounce_slowly(&self, chance: &mut Chance) {
         let lease = BOUNCE_LEASE.as_secs_f64();
         let popped = self.queue.transaction(|tx| Ok(tx.query_opt(POP, &[&BOUNCE, &lease])?));
@@ -72,14 +74,15 @@ impl Worker<'_> {
         let (id, attempt, fence): (Uuid, i32, i64) = (row.get(0), row.get(4), row.get(5));
         let (token, deadline): (&[u8], OffsetDateTime) = (row.get(2), row.get(3));
         let (hash, deadline) = (hash(row.get(1)), deadline.unix_timestamp_nanos() / 1000);
-        let call = self.journal.call();
+        let (call, back) = (self.journal.call(), usize::from(chance.below(4) == 0));
+        let verb = ["release", "defer"][back];
         self.journal.lines([
             format!("grant {BOUNCE} {id}:{fence} {attempt} {deadline} {hash:016x}"),
-            format!("settle {call} release {id}:{fence}"),
+            format!("settle {call} {verb} {id}:{fence}"),
         ]);
         let late = chance.up_to(LATE);
         let done = self.queue.transaction(|tx| {
-            tx.execute("select pushpop.release($1, $2, $3)", &[&BOUNCE, &id, &token])?;
+            tx.execute(BACK[back], &[&BOUNCE, &id, &token])?;
             thread::sleep(late);
             Ok(())
         });

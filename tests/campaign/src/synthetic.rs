@@ -20,6 +20,7 @@ const LIVENESS: usize = 6;
 const EXACTLY_ONE_EFFECT: usize = 7;
 const PUSHED_ONCE: usize = 8;
 const SERVED_AGAIN: usize = 9;
+const IN_REACH: usize = 10;
 
 /// Message A, of the topic `effects`, is lost by one consumer and completed by another. B and C are in order.
 const PRODUCER: &str = "
@@ -425,4 +426,40 @@ fn a_clock_that_is_stepped_excuses_order_and_no_early_lease() {
     assert_eq!(world.judged(), [0; 0]);
     // Whether a settle was stale is known by the clock of the clients.
     assert_eq!(stepped().with("settled 1 failed:LeaseLost", "settled 1 ok").judged(), [TOKENS]);
+}
+
+#[test]
+fn an_audit_finds_a_broken_rule_or_none_comes_to_its_end() {
+    let audited = |lines: &str| {
+        let lines = format!("{lines}\n2300 0 settled 1 ok");
+        let reach = World::new().with("7000 0 fault kill worker1", "7000 0 reach 1000 250");
+        reach.with("2300 0 settled 1 ok", lines.trim_start()).judged()
+    };
+    assert_eq!(audited("2250 0 audited 99"), [0; 0]);
+    assert_eq!(audited("2250 0 audited 99\n2260 0 broken 1 of a run\n2260 0 row run {}"), [IN_REACH]);
+    assert_eq!(audited(""), [IN_REACH]);
+}
+
+/// D is given back at once, and seen again after `gap`, of 1300 that are allowed.
+fn bounced(director: &str, gap: i64) -> Vec<usize> {
+    let again = 2320 + gap;
+    let consumer = format!(
+        "2300 0 settled 1 ok\n2300 0 grant bounce D:1 1 9000 0d\n2310 0 settle 8 release D:1\n2320 0 settled 8 ok\n\
+         {again} 0 grant bounce D:2 1 9900 0d\n{again} 0 work D:2\n{again} 0 settle 9 complete D:2\n{again} 0 settled 9 ok"
+    );
+    let mut world = World::new()
+        .with("1050 0 pushed 3 ok", "1050 0 pushed 3 ok\n1050 0 push 4 bounce D b-1 0d\n1060 0 pushed 4 ok")
+        .with("2300 0 settled 1 ok", &consumer)
+        .with("7000 0 fault kill worker1", director);
+    let stored = Stored { name: "b-1".into(), hash: 13, fence: 2, ..world.stored('B').clone() };
+    world.store.messages.insert(id('D'), stored);
+    world.judged()
+}
+
+#[test]
+fn a_message_that_bounces_is_out_of_sight() {
+    assert_eq!(bounced("7000 0 reach 1300 0", 1300), [0; 0]);
+    assert_eq!(bounced("7000 0 reach 1300 0", 1301), [IN_REACH]);
+    // It may have to wait for the clock.
+    assert_eq!(bounced("7000 0 reach 1300 0\n7000 0 step -60 by -60", 1301), [0; 0]);
 }

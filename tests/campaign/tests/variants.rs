@@ -50,7 +50,7 @@ const RESOURCES: &str = "resources --messages 400 --full-disks 0 --full-servers 
 const CLOCK: &str = "clock --messages 600 --clock-steps 6 --interval 500 --workers 3 --lease 1000";
 
 /// Messages bounce, for as long as it takes to find what is wrong.
-const BOUNCES: &str = "quiet --messages 200 --workers 2 --lease 1000 --bouncers 2 --spread 60000";
+const BOUNCES: &str = "quiet --messages 200 --workers 2 --lease 1000 --spread 60000";
 
 /// Runs a small campaign; returns its exit code and its words.
 fn campaign(line: &str, broken: Option<&str>) -> (Option<i32>, String) {
