@@ -262,7 +262,7 @@ impl Client {
 pub(crate) struct Notifications<'a>(&'a mut Client);
 
 impl<'a> Notifications<'a> {
-    pub(crate) fn timeout_iter(self, time: Duration) -> TimeoutIter<'a> {
+    pub(crate) fn timeout_iter(self, time: std::time::Duration) -> TimeoutIter<'a> {
         TimeoutIter(self.0, Instant::now() + time)
     }
 }
