@@ -477,7 +477,8 @@ impl<'p> Flight<'_, 'p> {
         let pops: [&(dyn ToSql + Sync); 3] = [&wanted, &leases, &fallback];
         let params = [&slices.params()[..], &proofs.params(&keep)[..], &pops[..]].concat();
         let sent = Instant::now();
-        let rows = self.run(|calls| &calls.turn, &params)?;
+        let is_one = matches!(wanted[..], [wanted] if wanted > 0);
+        let rows = self.run(|calls| if is_one { &calls.turn_topic } else { &calls.turn }, &params)?;
 
         let mut verdicts = vec![Verdict::Settled; settles.len()];
         let mut popped = Vec::new();

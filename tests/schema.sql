@@ -918,6 +918,7 @@ declare
   want    integer := case when maxes is null then max end;
   room    bigint := 16777216;
   sweeps  integer := 20;
+  parts   refcursor;
   asked   record;
   message record;
 begin
@@ -926,27 +927,34 @@ begin
   if maxes is null and (max is null or max not between 1 and 1000) then
     perform "pushpop".refuse(format('a pop takes 1 to 1000 messages, not %s', coalesce(max::text, 'null')));
   end if;
-  for asked in
-    select u.topic, u.part, u.max, coalesce(u.lease, pop_any.lease) as lease, f.is_stale,
-           maxes is not null or f.has_run or f.has_ended as has_some
-    from unnest(topics, maxes, leases) with ordinality u(topic, max, lease, part)
-    left join lateral (
-      select t.paused, t.reclaimed_to, t.swept_at from "pushpop".topics t where maxes is null and t.topic = u.topic offset 0
-    ) t on true
-    cross join lateral "pushpop".bottoms(case when maxes is null then u.topic end) b
-    cross join lateral (
-      select coalesce((
-               select true from "pushpop".runs q
-               where maxes is null and q.topic = u.topic and q.ready_at >= b.start and q.ready_at <= moment limit 1), false) as has_run,
-             coalesce((
-               select true from "pushpop".leases l
-               where maxes is null and l.topic = u.topic and l.lease_until >= coalesce(t.reclaimed_to, '-infinity')
-                 and l.lease_until > '-infinity' and l.lease_until <= moment limit 1), false) as has_ended,
-             (t.swept_at not between moment - interval '1 minute' and moment) is true as is_stale
-      offset 0
-    ) f
-    where maxes is not null and u.max > 0 or maxes is null and t.paused is not true
+  if maxes is not null then
+    open parts for
+      select u.topic, u.part, u.max, coalesce(u.lease, pop_any.lease) as lease, false as is_stale, true as has_some
+      from unnest(topics, maxes, leases) with ordinality u(topic, max, lease, part) where u.max > 0;
+  else
+    open parts for
+      select u.topic, u.part, null::integer as max, coalesce(u.lease, pop_any.lease) as lease,
+             (t.swept_at not between moment - interval '1 minute' and moment) is true as is_stale, f.has_run or f.has_ended as has_some
+      from unnest(topics, leases) with ordinality u(topic, lease, part)
+      left join lateral (
+        select t.paused, t.reclaimed_to, t.swept_at from "pushpop".topics t where t.topic = u.topic offset 0
+      ) t on true
+      cross join lateral "pushpop".bottoms(u.topic) b
+      cross join lateral (
+        select coalesce((
+                 select true from "pushpop".runs q
+                 where q.topic = u.topic and q.ready_at >= b.start and q.ready_at <= moment limit 1), false) as has_run,
+               coalesce((
+                 select true from "pushpop".leases l
+                 where l.topic = u.topic and l.lease_until >= coalesce(t.reclaimed_to, '-infinity')
+                   and l.lease_until > '-infinity' and l.lease_until <= moment limit 1), false) as has_ended
+        offset 0
+      ) f
+      where t.paused is not true;
+  end if;
   loop
+    fetch parts into asked;
+    exit when not found;
     if not asked.has_some then
       -- Some are looked at from the beginning now, which costs most; the others next time.
       continue when not asked.is_stale or sweeps = 0;

@@ -11,7 +11,7 @@ use pushpop_pg::uuid::Uuid;
 use pushpop_server::Server;
 
 use crate::audit::audit;
-use crate::world::{SOON, World, until};
+use crate::world::{SOON, World, until, until_wanted};
 
 const UPKEEP: &str = "select pushpop.upkeep('t')";
 
@@ -256,6 +256,28 @@ fn what_was_prepared_before_a_crash_is_found_once_it_is_committed() {
     }
     client.batch_execute("commit prepared 'late'").unwrap();
     is_found(&world, &mut client, id.unwrap());
+}
+
+/// A transaction that notifies cannot be prepared: whoever waits looks for himself then.
+#[test]
+fn what_is_pushed_by_a_prepared_transaction_reaches_those_that_wait() {
+    let server = Server::with(&[("max_prepared_transactions", "4")]).unwrap();
+    let world = World::on(&server.url());
+    let (queue, mut client) = (world.queue(), world.client());
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| queue.pop_timeout("t", SOON).unwrap().map(|lease| lease.id()));
+        until_wanted(&world, &mut client, "t");
+        let push = world.sql("select pushed from pushpop.push('t', 'm')");
+        client.batch_execute("begin").unwrap();
+        client.query_one(&push, &[]).unwrap();
+        let refused = client.batch_execute("prepare transaction 'told'").unwrap_err();
+        assert_eq!(refused.code().map(|code| code.code()), Some("0A000"));
+        client.batch_execute("rollback; begin; set local pushpop_pg.notify = off").unwrap();
+        let id: Uuid = client.query_one(&push, &[]).unwrap().get(0);
+        client.batch_execute("prepare transaction 'quiet'").unwrap();
+        client.batch_execute("commit prepared 'quiet'").unwrap();
+        assert_eq!(waiting.join().unwrap(), Some(id));
+    });
 }
 
 /// Its lease has long ended when the transaction that popped it is committed.

@@ -365,7 +365,7 @@ fn all_go_on(fates: &'static [Fate]) {
     let failures = AtomicUsize::new(usize::try_from(random(3)).unwrap());
     let fate = one_of(fates);
     let server = Server::new(true, move |name| {
-        let pops = matches!(name, "pop" | "pop_topics" | "turn" | "wait_for");
+        let pops = matches!(name, "pop" | "pop_topics" | "turn" | "turn_topic" | "wait_for");
         // What was popped and not answered comes back when its lease ends, which is not tried here.
         let may_fail = !(pops && fate == Fate::Lost);
         let fate = if may_fail && count_down(&failures) { fate } else { Fate::Done };

@@ -297,7 +297,7 @@ impl Store {
                 let slices = params.slices();
                 self.settle(&slices, &params.proofs())
             }
-            "turn" => {
+            "turn" | "turn_topic" => {
                 let (slices, proofs) = (params.slices(), params.proofs());
                 let wanted = list(params.0.nth(2).unwrap_or(Value::Null));
                 let mut rows = self.settle(&slices, &proofs);
