@@ -74,6 +74,11 @@ pub(crate) const ALL: [Broken; 25] = [
         patches: &[
             ("note_look", "greatest(known.sure_to, known.checking_at) > moment", "false"),
             ("enqueue", "(ready_at < low) is not true", "true"),
+            (
+                "begin_sweep",
+                "set swept_at = moment, low = '-infinity', looked_at = '-infinity'",
+                "set swept_at = moment",
+            ),
             ("upkeep", "set low = '-infinity', deleted_to", "set deleted_to"),
         ],
     },
@@ -100,13 +105,20 @@ pub(crate) const ALL: [Broken; 25] = [
         name: "run-dropped",
         patches: &[(
             "push",
-            "stamped, 1, 0, array[pushed]);",
-            "stamped, 1, 0, array[pushed]) where random() < 0.5;",
+            "weigh(push.payload, push.headers, null));",
+            "weigh(push.payload, push.headers, null)) where random() < 0.5;",
         )],
     },
     Broken {
         name: "never-notes",
-        patches: &[("wait_for", "set wanted_until = greatest(", "set wanted_until = least('-infinity', ")],
+        patches: &[
+            ("wait_for_any", "set wanted_until = greatest(", "set wanted_until = least('-infinity', "),
+            (
+                "wait_for_any",
+                "(t.wanted_until >= again and (t.wanted_by is null or t.wanted_by = waiter)) is true as noted",
+                "true as noted",
+            ),
+        ],
     },
     Broken {
         name: "newest-first",
